@@ -1,0 +1,131 @@
+"""Encoders from their configuration; pretrained libraries are imported only when one is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from longtake.encoders.dct import DctEncoder
+from longtake.encoders.hashed_words import HashedWordsEncoder
+from longtake.encoders.protocol import TextEncoder, VideoEncoder
+
+Weights = Literal["pretrained", "random"]
+DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoEncoderConfig:
+    """Pixels to latents: `dct` needs no weights, `diffusers` is an autoencoder of that library."""
+
+    kind: Literal["dct", "diffusers"] = "dct"
+
+    class_name: str = "AutoencoderKL"
+    """Class in diffusers. Only for `diffusers`, like everything down to `tile`."""
+    path: str = "stabilityai/sd-vae-ft-ema"
+    """Folder with config.json and safetensors weights, or a name on the Hugging Face hub."""
+    subfolder: str | None = None
+    """Where in `path` the autoencoder lies, usually `vae` in a pipeline's folder."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    weights: Weights = "pretrained"
+    """`random` builds the same class from its config, off-line: for benchmarks and tests."""
+    dtype: DtypeName = "auto"
+    """`auto` is bf16 on CUDA and fp32 on the CPU; fp16 is refused where it overflows."""
+    frames_per_call: int = 0
+    """Image autoencoders see this many frames of the batch at once; 0 is all of them."""
+    tile: int | None = None
+    """Frames higher or wider than this many pixels are processed in blended tiles of this size."""
+
+    dct_block: int = 8
+    """Side of a DCT block in pixels: the downsampling. Only for `dct`, like the next two."""
+    dct_luma_channels: int = 16
+    dct_chroma_channels: int = 4
+    """Kept coefficients of each of the two chroma components."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig:
+    """Captions to embeddings: `none` for labels; `hashed-words` needs no weights."""
+
+    kind: Literal["none", "hashed-words", "t5", "umt5"] = "none"
+
+    max_tokens: int = 120
+    """Every caption is padded or cut to this many tokens; 120 is usual for T5, 512 for UMT5."""
+    channels: int = 64
+    """Width of a hashed word's vector. Only for `hashed-words`; the others know their own."""
+
+    path: str = "google/t5-v1_1-xxl"
+    """Folder with config.json and safetensors weights, or a hub name. From here on only T5s."""
+    subfolder: str | None = None
+    """Where in `path` the encoder lies, usually `text_encoder` in a pipeline's folder."""
+    tokenizer_path: str | None = None
+    """Folder or hub name of the tokenizer, if it is not `path`."""
+    tokenizer_subfolder: str | None = None
+    """Where the tokenizer lies, usually `tokenizer` in a pipeline's folder."""
+    revision: str | None = None
+    weights: Weights = "pretrained"
+    """`random` builds the same class from its config, off-line: for benchmarks and tests."""
+    dtype: DtypeName = "auto"
+    """`auto` is bf16 on CUDA and fp32 on the CPU; T5's activations overflow in fp16: refused."""
+
+
+def build_video_encoder(
+    config: VideoEncoderConfig, device: torch.device | str, seed: int = 0
+) -> VideoEncoder:
+    """The configured video encoder, on the device. The seed decides random weights only."""
+    if config.kind == "dct":
+        return DctEncoder(
+            block=config.dct_block,
+            luma_channels=config.dct_luma_channels,
+            chroma_channels=config.dct_chroma_channels,
+            device=device,
+        )
+    if config.kind == "diffusers":
+        from longtake.encoders.diffusers_vae import load_diffusers_vae
+
+        return load_diffusers_vae(
+            config.class_name,
+            config.path,
+            subfolder=config.subfolder,
+            revision=config.revision,
+            weights=config.weights,
+            dtype=config.dtype,
+            frames_per_call=config.frames_per_call,
+            tile=config.tile,
+            device=torch.device(device),
+            seed=seed,
+        )
+    raise ValueError(f"video encoder kind={config.kind!r} is unknown: use 'dct' or 'diffusers'")
+
+
+def build_text_encoder(
+    config: TextEncoderConfig, device: torch.device | str, seed: int = 0
+) -> TextEncoder | None:
+    """The configured text encoder, on the device; None if the run is conditioned on labels."""
+    if config.kind == "none":
+        return None
+    if config.kind == "hashed-words":
+        return HashedWordsEncoder(
+            channels=config.channels, max_tokens=config.max_tokens, device=device
+        )
+    if config.kind in ("t5", "umt5"):
+        from longtake.encoders.t5 import load_t5
+
+        return load_t5(
+            config.kind,
+            config.path,
+            subfolder=config.subfolder,
+            tokenizer_path=config.tokenizer_path,
+            tokenizer_subfolder=config.tokenizer_subfolder,
+            revision=config.revision,
+            max_tokens=config.max_tokens,
+            weights=config.weights,
+            dtype=config.dtype,
+            device=torch.device(device),
+            seed=seed,
+        )
+    raise ValueError(
+        f"text encoder kind={config.kind!r} is unknown: use 'none', 'hashed-words', 't5' or 'umt5'"
+    )
