@@ -1,0 +1,16 @@
+"""Arithmetic about runs without running them: tokens, FLOPs, hardware peaks. Plain numbers only."""
+
+from longtake.planning.flops import forward_macs, model_flops_utilization, training_flops
+from longtake.planning.hardware import peak_bf16_flops
+from longtake.planning.tokens import TokenGrid, count_tokens, latent_size, token_grid
+
+__all__ = [
+    "TokenGrid",
+    "count_tokens",
+    "forward_macs",
+    "latent_size",
+    "model_flops_utilization",
+    "peak_bf16_flops",
+    "token_grid",
+    "training_flops",
+]
