@@ -11,7 +11,7 @@ class DiffusionConfig:
     """The training objective.
 
     `iddpm`: noise prediction over 1000 discrete steps, with a learned variance (DiT, PixArt,
-    Open-Sora 1.0). `flow`: velocity prediction in continuous time (Open-Sora 1.2 and most later ones).
+    Open-Sora 1.0). `flow`: velocity prediction in continuous time (Open-Sora 1.2 and most since).
     """
 
     objective: Literal["iddpm", "flow"] = "iddpm"

@@ -81,7 +81,7 @@ class RectifiedFlow:
 
 
 def shift_time(t: Time, shift: float) -> Time:
-    """t' = shift * t / (1 + (shift - 1) * t): keeps 0 and 1, multiplies noise-to-signal by `shift`."""
+    """t' = shift * t / (1 + (shift - 1) * t): multiplies the noise-to-signal ratio by `shift`."""
     # Written so that 1 stays exactly 1 in floating point.
     return shift * t / (shift * t + (1 - t))
 

@@ -42,5 +42,5 @@ def discretized_log_likelihood(value: Tensor, mean: Tensor, log_variance: Tensor
 
 
 def _approximate_cdf(x: Tensor) -> Tensor:
-    """Of the standard normal, within 2e-4: the approximation that the public models trained with."""
+    """Of the standard normal, within 2e-4: the approximation the public models trained with."""
     return 0.5 * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())

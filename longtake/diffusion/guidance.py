@@ -27,9 +27,9 @@ def guided(
 
         prediction = without + guidance_scale * (with - without)
 
-    Both halves run as one batch of 2B, told apart by the model's `drop_B`. Only the first `channels`
-    of the `latent_channels` are guided (None: all); the others, and a learned variance, are the
-    conditional half's. DiT's and Open-Sora 1.0's samples were made with `channels=3` of 4.
+    Both halves run as one batch of 2B, told apart by the model's `drop_B`. Only the first
+    `channels` of the `latent_channels` are guided (None: all); the others, and a learned variance,
+    are the conditional half's. DiT's and Open-Sora 1.0's samples were made with 3 channels of 4.
 
     Raises ValueError if `channels` is not in [1, latent_channels].
     """

@@ -80,7 +80,7 @@ class IDDPM:
         return squared_B + bound_B
 
     def _tables_like(self, tensor: Tensor) -> Tensor:
-        """The schedule's tables (6, num_steps), on the tensor's device and in its dtype; moved once."""
+        """The schedule's tables (6, num_steps) in the tensor's dtype on its device; moved once."""
         place = tensor.device, tensor.dtype
         if place not in self._placed:
             # Made under inference mode they could never take part in training.

@@ -1,8 +1,8 @@
 """From noise to samples: DDPM, DDIM, DPM-Solver++ (2M) and Euler, each a loop over noise levels.
 
-All take `predict(noisy_BCTHW, network_t_B)`, the initial noise and `step_noise(i)`, the fresh noise of
-step i, and return latents of the noise's shape: a function of these alone. Coefficients are Python
-floats (64-bit); tensors are float32, or float64 if the noise is.
+All take `predict(noisy_BCTHW, network_t_B)`, the initial noise and `step_noise(i)`, the fresh noise
+of step i, and return latents of the noise's shape: a function of these alone. Coefficients are
+Python floats (64-bit); tensors are float32, or float64 if the noise is.
 
 Shape letters: B batch, C channels, T frames, H W height and width.
 """
@@ -99,8 +99,8 @@ def sample_dpm_solver(
 ) -> Tensor:
     """DPM-Solver++ (2M): each step extrapolates the clean prediction linearly in log_snr.
 
-    With h the growth of log_snr over this step, h_before that of the step before, `clean` the newest
-    prediction and `clean_before` the one before it:
+    With h the growth of log_snr over this step, h_before that of the step before, `clean` the
+    newest prediction and `clean_before` the one before it:
 
         ahead = clean + h / (2 h_before) * (clean - clean_before)
         noisy = sigma_next / sigma * noisy + signal_next * (1 - exp(-h)) * ahead

@@ -54,7 +54,7 @@ def linear_schedule(
 
 
 def schedule_of(signal_power: Tensor, timesteps: Tensor) -> NoiseSchedule:
-    """The schedule whose levels keep these shares of the clean sample's power (float64, falling)."""
+    """The schedule whose levels keep these shares of the clean power (float64, falling)."""
     previous = torch.cat((signal_power.new_ones(1), signal_power[:-1]))
     betas = 1 - signal_power / previous
     noise_power = 1 - signal_power
