@@ -1,0 +1,71 @@
+"""Softmax attention of queries over keys, optionally over the valid keys only.
+
+Letters: B batch, N queries, L keys, A heads, E size per head.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Backend = Literal["sdpa", "reference"]
+
+
+def attention_reference(
+    q_BNAE: Tensor, k_BLAE: Tensor, v_BLAE: Tensor, key_mask_BL: Tensor | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v with explicit scores in at least float32, (B, N, A, E)."""
+    dtype = torch.promote_types(q_BNAE.dtype, torch.float32)
+    scores_BANL = torch.einsum("bnae,blae->banl", q_BNAE.to(dtype), k_BLAE.to(dtype))
+    scores_BANL = scores_BANL * q_BNAE.shape[-1] ** -0.5
+    if key_mask_BL is not None:
+        scores_BANL = scores_BANL.masked_fill(~key_mask_BL[:, None, None, :], float("-inf"))
+    weights_BANL = scores_BANL.softmax(dim=-1)
+    return torch.einsum("banl,blae->bnae", weights_BANL, v_BLAE.to(dtype)).to(q_BNAE.dtype)
+
+
+def attention_sdpa(
+    q_BNAE: Tensor, k_BLAE: Tensor, v_BLAE: Tensor, key_mask_BL: Tensor | None = None
+) -> Tensor:
+    """The same through PyTorch's fused kernels, which read strided views: nothing is copied."""
+    out_BANE = F.scaled_dot_product_attention(
+        q_BNAE.transpose(1, 2),
+        k_BLAE.transpose(1, 2),
+        v_BLAE.transpose(1, 2),
+        attn_mask=None if key_mask_BL is None else key_mask_BL[:, None, None, :],
+    )
+    return out_BANE.transpose(1, 2)
+
+
+_BACKENDS = {"sdpa": attention_sdpa, "reference": attention_reference}
+
+
+def choose_backend(q_BNAE: Tensor, k_BLAE: Tensor, *, masked: bool) -> Backend:
+    """The backend that `attention` takes for these shapes, device and dtype when it may choose."""
+    return "sdpa"
+
+
+def attention(
+    q_BNAE: Tensor,
+    k_BLAE: Tensor,
+    v_BLAE: Tensor,
+    key_mask_BL: Tensor | None = None,
+    *,
+    backend: Backend | Literal["auto"] = "auto",
+) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v, (B, N, A, E) in the dtype of q.
+
+    key_mask_BL is True where a key may be attended. A batch element without any such key gets zeros, and
+    zero gradients: an empty caption says nothing, and never NaN.
+    """
+    if backend == "auto":
+        backend = choose_backend(q_BNAE, k_BLAE, masked=key_mask_BL is not None)
+    if key_mask_BL is not None:
+        # softmax over nothing is 0/0: let an empty row see all of its keys, with values of zero.
+        has_key_B1 = key_mask_BL.any(dim=1, keepdim=True)
+        v_BLAE = v_BLAE * has_key_B1[:, :, None, None]
+        key_mask_BL = key_mask_BL | ~has_key_B1
+    return _BACKENDS[backend](q_BNAE, k_BLAE, v_BLAE, key_mask_BL)

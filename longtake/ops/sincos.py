@@ -1,0 +1,35 @@
+"""Sines and cosines of positions at geometric frequencies: the one table behind every kind of position."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_PERIOD = 10_000.0
+
+
+def sincos_reference(positions_N: Tensor, num_frequencies: int) -> Tensor:
+    """[sin(p w_0) .. sin(p w_F-1), cos(p w_0) .. cos(p w_F-1)] with w_i = 10000^(-i/F), in float64."""
+    index_F = torch.arange(num_frequencies, dtype=torch.float64, device=positions_N.device)
+    angle_NF = positions_N.double()[:, None] * MAX_PERIOD ** -(index_F / num_frequencies)
+    return torch.cat((angle_NF.sin(), angle_NF.cos()), dim=1).float()
+
+
+# Opaque to torch.compile, which would otherwise inline the float64 sines of a small table into the
+# element-wise kernel over all tokens that reads it, and compute them again for each.
+@torch.library.custom_op("longtake::sincos", mutates_args=())
+def _sincos(positions_N: Tensor, num_frequencies: int) -> Tensor:
+    return sincos_reference(positions_N, num_frequencies)
+
+
+@_sincos.register_fake
+def _(positions_N: Tensor, num_frequencies: int) -> Tensor:
+    return positions_N.new_empty(len(positions_N), 2 * num_frequencies, dtype=torch.float32)
+
+
+def sincos(positions_N: Tensor, num_frequencies: int) -> Tensor:
+    """Sines, then cosines, of positions at frequencies 10000^(-i/F): float32 (N, 2F), computed in float64.
+
+    Not differentiable: positions are constants.
+    """
+    return _sincos(positions_N, num_frequencies)
