@@ -1,8 +1,8 @@
 """Random numbers that belong to a sample, not to a process.
 
-Every draw is a pure function of (seed, epoch, sample id, stream, position): a counter-based generator
-(Philox4x32-10) instead of a state that advances. One GPU, eight, a resumed run and a sharded tensor that
-draws only its own slice therefore all see the same numbers.
+Every draw is a pure function of (seed, epoch, sample id, stream, position): a counter-based
+generator (Philox4x32-10) instead of a state that advances. One GPU, eight, a resumed run and a
+sharded tensor that draws only its own slice therefore all see the same numbers.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -22,12 +22,17 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _MAX_EPOCH = 1 << 24
+# Four would do for large pools, but favour some orders of five items fourfold.
+_FEISTEL_ROUNDS = 8
 
 
 class Stream(IntEnum):
-    """What a draw is for: different streams of one sample are independent."""
+    """What a draw is for: different streams of one sample are independent.
 
-    ORDER = 0
+    One stream serves one kind of draw: `uniform` and `normal` of the same stream share their bits.
+    """
+
+    ORDER = 0  # `permuted` alone draws from it, with counters of its own
     BUCKET = 1
     TIMESTEP = 2
     NOISE = 3
@@ -42,7 +47,7 @@ class Stream(IntEnum):
 
 @dataclass(frozen=True)
 class SampleKeys:
-    """Names the samples of a batch for drawing: one (epoch, sample id) pair each, under one run seed."""
+    """Names the samples of a batch for drawing: an (epoch, sample id) pair each, under one seed."""
 
     seed: int
     epochs_B: Tensor  # int64, below 2**24
@@ -68,11 +73,11 @@ def uniform(
 ) -> Tensor:
     """Uniform numbers in [0, 1), float32 (B, *shape), on the device of the keys.
 
-    Element i of a sample (row-major) is draw number `offset + i`, so a shard of a flat tensor can be drawn
-    alone. All 24 mantissa bits are random.
+    Element i of a sample (row-major) is draw number `offset + i`, so a shard of a flat tensor can
+    be drawn alone. All 24 mantissa bits are random.
     """
     bits = _bits(keys, stream, math.prod(shape), offset)
-    return ((bits >> 8).float() * 2.0**-24).view(-1, *shape)
+    return ((bits >> 8).float() * 2.0**-24).view(len(bits), *shape)
 
 
 def normal(
@@ -80,36 +85,37 @@ def normal(
 ) -> Tensor:
     """Standard normal numbers, float32 (B, *shape), on the device of the keys.
 
-    Box-Muller on consecutive pairs of draws: the integers are the same everywhere, the logarithm and the
-    cosine agree between devices to their last bits.
+    Box-Muller on consecutive pairs of draws: the integers are the same everywhere, the logarithm
+    and the cosine agree between devices to their last bits. 24-bit uniforms end the tails at 5.77.
     """
     count = math.prod(shape)
     first = offset // 2 * 2
     last = (offset + count + 1) // 2 * 2
-    bits = _bits(keys, stream, last - first, first).view(-1, (last - first) // 2, 2)
+    bits = _bits(keys, stream, last - first, first).unflatten(1, ((last - first) // 2, 2))
     # (0, 1]: the logarithm must not see zero.
     radius = ((bits[..., 0] >> 8).float() + 1).mul(2.0**-24).log_().mul_(-2).sqrt_()
     angle = (bits[..., 1] >> 8).float() * (2.0**-24 * 2 * math.pi)
     pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
     start = offset - first
-    return pairs.flatten(1)[:, start : start + count].reshape(-1, *shape)
+    return pairs.flatten(1)[:, start : start + count].reshape(len(bits), *shape)
 
 
 def permuted(index: int, count: int, *, seed: int, epoch: int, domain: int = 0) -> int:
     """Where position `index` of an epoch lands in a random permutation of `count` items.
 
-    A four-round Feistel network with cycle walking: any position of a shuffle of any length costs the same
-    and nothing is stored, so resuming in the middle of ten million samples is immediate. `domain` separates
-    the permutations of several pools.
+    A Feistel network with cycle walking: any position of a shuffle of any length costs the same and
+    nothing is stored, so resuming in the middle of ten million samples is immediate. `domain`
+    separates the permutations of several pools.
     """
     assert 0 <= index < count, f"index={index} must be in [0, {count})"
+    assert 0 <= epoch < _MAX_EPOCH, f"epoch={epoch} must be in [0, {_MAX_EPOCH})"
     half_bits = max(1, ((count - 1).bit_length() + 1) // 2)
     mask = (1 << half_bits) - 1
     value = index
     while True:
         left, right = value >> half_bits, value & mask
-        for step in range(4):
-            counter = (right, (domain << 2) | step, epoch, Stream.ORDER)
+        for step in range(_FEISTEL_ROUNDS):
+            counter = (right, epoch << 8 | Stream.ORDER, domain << 3 | step, 0)
             left, right = right, left ^ (philox_4x32(counter, _key(seed))[0] & mask)
         value = left << half_bits | right
         if value < count:
@@ -123,7 +129,7 @@ def named_seed(seed: int, name: str) -> int:
 
 
 def philox_4x32(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Philox4x32-10 on plain integers: four 32-bit words from a counter of four words and a key of two."""
+    """Philox4x32-10 on plain integers: four 32-bit words from a counter of four, a key of two."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -150,7 +156,7 @@ def _bits(keys: SampleKeys, stream: Stream, count: int, offset: int) -> Tensor:
     c0 = c0 + torch.zeros_like(c1)
     k0, k1 = _key(keys.seed)
     for _ in range(_ROUNDS):
-        # int64 products wrap, which keeps the low 64 bits; the masked shift then yields the high word.
+        # int64 products wrap, which keeps their low 64 bits; the masked shift yields the high word.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             (p1 >> 32 & _MASK) ^ c1 ^ k0,
