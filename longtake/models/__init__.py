@@ -1,4 +1,4 @@
-"""Diffusion transformers in plain single-device PyTorch, with the parameter names of the public weights.
+"""Diffusion transformers in plain single-device PyTorch, with the public weights' names.
 
 Every model is called as `model(latents_BCTHW, t_B, ..., drop_B=None)`, with `labels_B` if
 `model.condition == "label"` or `prompt_embeds_BLK, prompt_mask_BL` if it is "text".

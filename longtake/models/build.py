@@ -61,14 +61,21 @@ def _check(config: ModelConfig) -> None:
         raise ValueError(f"num_heads={num_heads} must divide hidden_size={hidden_size}")
     if hidden_size % 4:
         raise ValueError(
-            f"hidden_size={hidden_size} must be divisible by 4: positions are sine and cosine of row and column"
+            f"hidden_size={hidden_size} must be divisible by 4: positions take a quarter each for "
+            f"sine and cosine of row and column"
         )
     if config.name == "stdit2" and hidden_size // num_heads % 2:
         raise ValueError(
-            f"hidden_size / num_heads = {hidden_size // num_heads} must be even for stdit2's rotary positions"
+            f"hidden_size / num_heads = {hidden_size // num_heads} must be even: stdit2's rotary "
+            f"positions turn pairs of values"
         )
     if config.micro_conditioning and config.name != "pixart":
         raise ValueError(f"micro_conditioning exists for pixart only, not for {config.name}")
+    if config.micro_conditioning and hidden_size % 3:
+        raise ValueError(
+            f"hidden_size={hidden_size} must be divisible by 3 for micro_conditioning: height, width "
+            f"and aspect ratio take a third each"
+        )
     if config.base_size is not None and config.base_size < 1:
         raise ValueError(f"base_size={config.base_size} must be at least 1, or None")
     for scale in ("space_scale", "time_scale"):

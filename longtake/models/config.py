@@ -56,11 +56,11 @@ class ModelConfig:
     """Length of the null caption, and so of the longest caption that can be dropped."""
 
     space_scale: float = 1.0
-    """Spatial positions are divided by this; Open-Sora 1.0 uses 0.5 at 256 pixels, 1 at 512, 2 at 1024."""
+    """Divides positions in space; Open-Sora 1.0 uses 0.5 at 256 pixels, 1 at 512, 2 at 1024."""
     time_scale: float = 1.0
-    """Positions in time are divided by this; Open-Sora 1.0 uses 2/3 for 64 frames."""
+    """Divides positions in time; Open-Sora 1.0 uses 2/3 for 64 frames."""
     base_size: int | None = None
-    """Stretch every grid to this many positions per side (PixArt: training pixels / 16); None: do not."""
+    """Stretch every grid to this many positions per side, as PixArt does (training pixels / 16)."""
     micro_conditioning: bool = False
     """Embed image size and aspect ratio, as PixArt-XL-2-1024-MS does (pixart only)."""
 

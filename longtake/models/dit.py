@@ -1,13 +1,16 @@
 """DiT: full attention over all tokens, conditioned on a class label through adaLN-Zero.
 
-    latents → patches + positions → depth × [self-attention → MLP] → final layer → latents
+    latents → patches + positions
+            → depth × [self-attention → MLP]
+            → final layer → latents
 
-Each block turns timestep + label into shift, scale and gate of both its branches. With several frames it
-is the video DiT of Open-Sora 1.0: the same blocks over T·S tokens, with positions in time.
+Each block turns timestep + label into shift, scale and gate of both its branches. With several
+frames it is the video DiT of Open-Sora 1.0: the same blocks over T·S tokens, and positions in time.
 
 Source: Peebles and Xie, "Scalable diffusion models with transformers", arXiv:2212.09748.
 
-Letters: B batch, C channels, T frames, H W height, width, S patches per frame, N = T S tokens, D hidden size.
+Letters: B batch, C channels, T frames, H W height, width, S patches per frame, N = T S tokens,
+D hidden size, P values per patch.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from longtake.ops.norm_modulate import norm_modulate
 
 
 class DiTBlock(nn.Module):
-    """Self-attention, with the given core, and an MLP, both modulated and gated by the condition."""
+    """Self-attention with the given core, then an MLP; the condition modulates and gates both."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, core: nn.Module) -> None:
         super().__init__()
@@ -52,7 +55,7 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """The class-conditional diffusion transformer; parameter names are those of the public weights."""
+    """The class-conditional diffusion transformer, with the public weights' parameter names."""
 
     condition: Literal["label"] = "label"
 
@@ -82,8 +85,8 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Prediction with the size and dtype of the latents, and `config.out_channels` channels.
 
-        t_B is in the network's units, 0 to 1000. Labels are replaced by the null label where drop_B is
-        True. An image is one frame; only then are there no positions in time.
+        t_B is in the network's units, 0 to 1000. Labels are replaced by the null label where drop_B
+        is True. An image is one frame; only then are there no positions in time.
         """
         x_BTSD = self.x_embedder(latents_BCTHW)
         grid_THW = self.x_embedder.grid(latents_BCTHW)

@@ -1,7 +1,7 @@
 """From the model's inputs to vectors of the hidden size, and from tokens back to latents.
 
-Every embedder casts what it gets to the dtype of its own weights: a model runs in the precision of its
-weights, whatever the dtype of latents and prompt embeddings.
+Every embedder casts what it gets to the dtype of its own weights: a model runs in the precision of
+its weights, whatever the dtype of latents and prompt embeddings.
 
 Letters: B batch, C channels, T H W latent frames, height, width (or counts of patches where said),
 N = T H W patches, P values per patch, L text tokens, K their width, D hidden size.
@@ -22,8 +22,9 @@ from longtake.models.layers import Mlp
 class PatchEmbed(nn.Module):
     """Latents cut into patches, each mapped to a token.
 
-    A convolution whose stride is its kernel is a linear map of patches. The weight keeps the shape of the
-    public checkpoints: that of a Conv2d for models that embed frame by frame, else of a Conv3d.
+    A convolution whose stride is its kernel is a linear map of patches. The weight keeps the shape
+    of the public checkpoints: that of a Conv2d for models that embed frame by frame, else of a
+    Conv3d.
     """
 
     def __init__(
@@ -39,8 +40,8 @@ class PatchEmbed(nn.Module):
         if frame_by_frame:
             if patch_size[0] != 1:
                 raise ValueError(
-                    f"patch_size={patch_size} joins {patch_size[0]} frames, but this model embeds frame by "
-                    f"frame: use (1, {patch_size[1]}, {patch_size[2]}), or a stdit"
+                    f"patch_size={patch_size} joins {patch_size[0]} frames, but this model embeds "
+                    f"frame by frame: use (1, {patch_size[1]}, {patch_size[2]}), or a stdit"
                 )
             self.proj = nn.Conv2d(in_channels, hidden_size, patch_size[1:], stride=patch_size[1:])
         else:
@@ -67,25 +68,16 @@ class PatchEmbed(nn.Module):
         return F.linear(patches_BTSP.to(weight_DP.dtype), weight_DP, self.proj.bias)
 
 
-def unpatchify(
-    patches_BNP: Tensor, patch_size: tuple[int, int, int], latents_BCTHW: Tensor
-) -> Tensor:
-    """Predictions per patch put back in place, with the frames, height, width and dtype of the latents.
+def unpatchify(patches_BNP: Tensor, patch_size: tuple[int, int, int], like_BCTHW: Tensor) -> Tensor:
+    """Values per patch put back in their places: latents with the T, H, W and dtype of others.
 
-    The values of a patch are ordered (frame, row, column, channel); padding is cut off.
+    The values of a patch are ordered (frame, row, column, channel). Padding is cut off.
     """
-    T, H, W = latents_BCTHW.shape[2:]
+    T, H, W = like_BCTHW.shape[2:]
     pt, ph, pw = patch_size
-    out_BCTHW = rearrange(
-        patches_BNP,
-        "b (t h w) (p q r c) -> b c (t p) (h q) (w r)",
-        t=-(-T // pt),
-        h=-(-H // ph),
-        p=pt,
-        q=ph,
-        r=pw,
-    )
-    return out_BCTHW[:, :, :T, :H, :W].to(latents_BCTHW.dtype)
+    sizes = {"t": -(-T // pt), "h": -(-H // ph), "p": pt, "q": ph, "r": pw}
+    out_BCTHW = rearrange(patches_BNP, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", **sizes)
+    return out_BCTHW[:, :, :T, :H, :W].to(like_BCTHW.dtype)
 
 
 class TimestepEmbedder(nn.Module):
@@ -110,7 +102,7 @@ class TimestepEmbedder(nn.Module):
         frequency_F = torch.exp(-math.log(10_000) * index_F / self.num_frequencies)
         angle_BF = t_B.float()[:, None] * frequency_F
         waves_BF = torch.cat((angle_BF.cos(), angle_BF.sin()), dim=1)
-        return self.mlp(waves_BF.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves_BF.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -152,17 +144,9 @@ class CaptionEmbedder(nn.Module):
             length, longest = prompt_embeds_BLK.shape[1], self.y_embedding.shape[0]
             if length > longest:
                 raise ValueError(
-                    f"prompt_embeds_BLK has {length} tokens, but the null caption that replaces dropped "
-                    f"ones has max_caption_tokens={longest}: shorten the captions or raise it"
+                    f"prompt_embeds_BLK has {length} tokens, but the null caption that replaces "
+                    f"dropped ones has max_caption_tokens={longest}: shorten captions or raise it"
                 )
             null_LK = self.y_embedding[:length].to(prompt_embeds_BLK.dtype)
             prompt_embeds_BLK = torch.where(drop_B[:, None, None], null_LK, prompt_embeds_BLK)
         return self.y_proj(prompt_embeds_BLK)
-
-
-class SizeEmbedder(TimestepEmbedder):
-    """Several scalars per sample, each embedded with the same weights, side by side."""
-
-    def forward(self, sizes_BM: Tensor) -> Tensor:
-        """Embeddings of M scalars, (B, M D)."""
-        return super().forward(sizes_BM.flatten()).view(len(sizes_BM), -1)

@@ -1,7 +1,7 @@
 """The first values of every weight, as in the original models, whatever the number of processes.
 
-Each tensor is drawn whole, from a generator of its own that is seeded with its name: the order of drawing
-and the sharding do not matter.
+Each tensor is drawn whole, from a generator of its own that is seeded with its name: the order of
+drawing and the sharding do not matter.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def _xavier(full: Tensor, generator: torch.Generator) -> Tensor:
     return full.uniform_(-bound, bound, generator=generator)
 
 
-# The first pattern found in a name decides. Zeros at the end of branches make every block the identity at
-# first (DiT), or leave a PixArt that grows a temporal branch unchanged (STDiT).
+# The first pattern found in a name decides. Zeros at the end of branches make every block the
+# identity at first (DiT), or leave a PixArt that grows a temporal branch unchanged (STDiT).
 _RULES: tuple[tuple[str, Rule], ...] = (
     (r"\.bias$", _zeros),
     (r"adaLN_modulation\.1\.weight$", _zeros),
@@ -52,7 +52,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (
     (r"\.[qk]_norm\.weight$", _ones),
     (r"scale_shift_table(_temporal)?$", _normal_by_width),
     (r"^y_embedder\.y_embedding$", _normal_by_width),
-    (r"^[tyxa-z]+_embedder\.(mlp\.[02]|y_proj\.fc[12]|embedding_table)\.weight$", _normal_002),
+    (r"^(t|y|csize|ar)_embedder\.(mlp\.[02]|y_proj\.fc[12]|embedding_table)\.weight$", _normal_002),
     (r"^t_block(_temp)?\.1\.weight$", _normal_002),
     (r"^x_embedder\.proj\.weight$", _xavier),
     (r"\.(qkv|proj|q_linear|kv_linear|fc1|fc2)\.weight$", _xavier),
@@ -69,8 +69,8 @@ def init_weights(
 ) -> None:
     """Give every parameter and persistent buffer of a model its first value.
 
-    `write(target, full)` stores the full float32 CPU tensor in a parameter or buffer of the model; the
-    parallel layer passes one that keeps only this process's shard.
+    `write(target, full)` stores the full float32 CPU tensor in a parameter or buffer of the model;
+    the parallel layer passes one that keeps only this process's shard.
     """
     for name, target in model.state_dict(keep_vars=True).items():
         rule = next((rule for pattern, rule in _RULES if re.search(pattern, name)), None)

@@ -1,13 +1,16 @@
 """Latte: DiT's blocks, taking turns between space and time, conditioned on a class label.
 
-    latents → patches + positions → [spatial block → temporal block] × depth/2 → final layer → latents
+    latents → patches + positions
+            → depth / 2 × [spatial block → temporal block]
+            → final layer → latents
 
-Blocks 0, 2, ... attend among the patches of a frame, blocks 1, 3, ... among the frames at one place.
-Positions in time are added once, before block 1.
+Blocks 0, 2, ... attend among the patches of a frame, blocks 1, 3, ... among the frames at one
+place. Positions in time are added once, before block 1.
 
 Source: Ma et al., "Latte: latent diffusion transformer for video generation", arXiv:2401.03048.
 
-Letters: B batch, C channels, T frames, H W height, width, S patches per frame, D hidden size, P values per patch.
+Letters: B batch, C channels, T frames, H W height, width, S patches per frame, D hidden size,
+P values per patch.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from longtake.models.positions import spatial_positions, temporal_positions
 
 
 class Latte(nn.Module):
-    """The factorized class-conditional transformer; parameter names are those of the public weights."""
+    """The factorized class-conditional transformer, with the public weights' parameter names."""
 
     condition: Literal["label"] = "label"
 
@@ -60,7 +63,8 @@ class Latte(nn.Module):
     ) -> Tensor:
         """Prediction with the size and dtype of the latents, and `config.out_channels` channels.
 
-        t_B is in the network's units, 0 to 1000. Labels are replaced by the null label where drop_B is True.
+        t_B is in the network's units, 0 to 1000. Labels are replaced by the null label where drop_B
+        is True.
         """
         x_BTSD = self.x_embedder(latents_BCTHW)
         T, H, W = self.x_embedder.grid(latents_BCTHW)

@@ -1,10 +1,10 @@
 """The parts that blocks are made of.
 
 Self-attention is in two: a module with the weights, and a child `core` without any, which computes
-attention from q, k and v and alone knows which tokens see each other. Sequence parallelism replaces cores.
+attention from q, k and v and alone knows which tokens see each other.
 
-Letters: B batch, N tokens, T frames, S spatial patches, L text tokens, D hidden size, A heads, E size per
-head, P values per patch.
+Letters: B batch, N tokens, T frames, S spatial patches, L text tokens, D hidden size, A heads,
+E size per head, P values per patch.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
         self.core = core
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, /) -> Tensor:
         # q, k and v are strided views into one product.
         q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         out_BNAE = self.core(self.q_norm(q), self.k_norm(k), v)
@@ -108,12 +108,12 @@ class Mlp(nn.Module):
 
 
 def adaptive_linear(hidden_size: int, num_rows: int) -> nn.Sequential:
-    """SiLU, then a linear layer from a condition (B, D) to num_rows rows of shift, scale or gate."""
+    """SiLU and a linear layer: from a condition (B, D) to num_rows rows of shift, scale or gate."""
     return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, num_rows * hidden_size))
 
 
 def modulation_table(num_rows: int, hidden_size: int) -> nn.Parameter:
-    """A block's own rows of shift, scale or gate, added to those that all blocks share (adaLN-single)."""
+    """A block's own rows of shift, scale or gate, added to those that all blocks share."""
     return nn.Parameter(torch.empty(num_rows, hidden_size))
 
 

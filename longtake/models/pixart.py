@@ -1,15 +1,18 @@
-"""PixArt: full attention over all tokens, cross-attention to text, one shared modulation (adaLN-single).
+"""PixArt: full attention over all tokens, cross-attention to text, one modulation for all blocks.
 
-    latents → patches + positions → depth × [self-attention → cross-attention → MLP] → final layer → latents
+    latents → patches + positions
+            → depth × [self-attention → cross-attention → MLP]
+            → final layer → latents
 
-The timestep alone makes six rows of shift, scale and gate, once for all blocks; each block adds a table of
-its own. Text enters only through cross-attention, which is neither normalized nor gated. With several
-frames it is the full-attention video model of Open-Sora 1.0: the same blocks over T·S tokens.
+The timestep alone makes six rows of shift, scale and gate, once for all blocks; each block adds a
+table of its own (adaLN-single). Text enters only through cross-attention, which is neither normalized nor gated.
+With several frames it is the full-attention video model of Open-Sora 1.0: the same blocks over T·S
+tokens.
 
 Source: Chen et al., "PixArt-alpha", arXiv:2310.00426.
 
-Letters: B batch, C channels, T frames, H W height, width, S patches per frame, N = T S tokens, L text
-tokens, K their width, D hidden size.
+Letters: B batch, C channels, T frames, H W height, width, S patches per frame, N = T S tokens,
+L text tokens, K their width, D hidden size, P values per patch.
 """
 
 from __future__ import annotations
@@ -21,13 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.models.config import ModelConfig
-from longtake.models.embedders import (
-    CaptionEmbedder,
-    PatchEmbed,
-    SizeEmbedder,
-    TimestepEmbedder,
-    unpatchify,
-)
+from longtake.models.embedders import CaptionEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
 from longtake.models.layers import (
     CrossAttention,
     FullAttention,
@@ -70,7 +67,7 @@ class PixArtBlock(nn.Module):
 
 
 class PixArt(nn.Module):
-    """The text-conditional image and video transformer; parameter names are those of the public weights."""
+    """The text-conditional image and video transformer, with the public weights' names."""
 
     condition: Literal["text"] = "text"
 
@@ -87,13 +84,8 @@ class PixArt(nn.Module):
             config.caption_channels, hidden_size, config.max_caption_tokens
         )
         if config.micro_conditioning:
-            if hidden_size % 3:
-                raise ValueError(
-                    f"hidden_size={hidden_size} must be divisible by 3 for micro_conditioning, which embeds "
-                    f"height, width and aspect ratio in a third each"
-                )
-            self.csize_embedder = SizeEmbedder(hidden_size // 3)
-            self.ar_embedder = SizeEmbedder(hidden_size // 3)
+            self.csize_embedder = TimestepEmbedder(hidden_size // 3)
+            self.ar_embedder = TimestepEmbedder(hidden_size // 3)
         self.blocks = nn.ModuleList(
             PixArtBlock(hidden_size, num_heads, config.mlp_ratio) for _ in range(depth)
         )
@@ -113,11 +105,12 @@ class PixArt(nn.Module):
     ) -> Tensor:
         """Prediction with the size and dtype of the latents, and `config.out_channels` channels.
 
-        t_B is in the network's units, 0 to 1000. The mask is True on real text tokens; where drop_B is True
-        the null caption takes a caption's place under the same mask. An image is one frame; only then are
-        there no positions in time.
+        t_B is in the network's units, 0 to 1000. The mask is True on real text tokens; where drop_B
+        is True the null caption takes a caption's place under the same mask. An image is one frame;
+        only then are there no positions in time.
 
-        With micro_conditioning, image_size_B2 is height and width in pixels and aspect_ratio_B their quotient.
+        With micro_conditioning, image_size_B2 is height and width in pixels and aspect_ratio_B
+        their quotient.
         """
         x_BTSD = self.x_embedder(latents_BCTHW)
         grid_THW = self.x_embedder.grid(latents_BCTHW)
@@ -136,14 +129,12 @@ class PixArt(nn.Module):
         return unpatchify(patches_BNP, self.config.patch_size, latents_BCTHW)
 
     def embed_sizes(self, image_size_B2: Tensor | None, aspect_ratio_B: Tensor | None) -> Tensor:
-        """Height, width and aspect ratio as one vector (B, D)."""
+        """Height, width and aspect ratio, a third of (B, D) each."""
         if image_size_B2 is None or aspect_ratio_B is None:
             raise ValueError(
-                "this model has micro_conditioning: pass image_size_B2 (height, width in pixels) and "
-                "aspect_ratio_B (height / width)"
+                "this model has micro_conditioning: pass image_size_B2 (height and width in "
+                "pixels) and aspect_ratio_B (height / width)"
             )
-        size_embeds = (
-            self.csize_embedder(image_size_B2),
-            self.ar_embedder(aspect_ratio_B.view(-1, 1)),
-        )
-        return torch.cat(size_embeds, dim=1)
+        height_width_BD = self.csize_embedder(image_size_B2.flatten()).view(len(image_size_B2), -1)
+        ratio_BD = self.ar_embedder(aspect_ratio_B.flatten())
+        return torch.cat((height_width_BD, ratio_BD), dim=1)

@@ -1,4 +1,4 @@
-"""Fixed sine-cosine positions in space and time, computed for any grid and never stored with the weights.
+"""Fixed sine-cosine positions in space and time, for any grid and never stored with the weights.
 
 Letters: T frames, H W height and width in patches, S = H W, D hidden size.
 """
@@ -19,8 +19,8 @@ def spatial_positions(
 
     The first half of D encodes the column and the second the row, as in all public DiT weights.
 
-    Source: He et al., "Masked autoencoders are scalable vision learners", arXiv:2111.06377; base_size: Chen
-    et al., "PixArt-alpha", arXiv:2310.00426.
+    Source: He et al., "Masked autoencoders are scalable vision learners", arXiv:2111.06377, and for
+    base_size Chen et al., "PixArt-alpha", arXiv:2310.00426.
     """
     quarter = config.dimensions.hidden_size // 4
 

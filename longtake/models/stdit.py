@@ -1,16 +1,17 @@
-"""STDiT, exactly as in Open-Sora 1.0: attention factorized into space and time, cross-attention to text.
+"""STDiT as in Open-Sora 1.0: attention factorized into space and time, cross-attention to text.
 
     latents → patches + spatial positions
-            → depth × [spatial attention → temporal attention → cross-attention → MLP] → final layer → latents
+            → depth × [spatial attention → temporal attention → cross-attention → MLP]
+            → final layer → latents
 
-It is PixArt with one more branch, `attn_temp`, and two properties that weights trained with it rely on: the
-temporal branch reads the raw residual stream, without norm or modulation, and shares the gate of the
-spatial branch. `stdit2` is the block without these. Positions in time enter block 0's temporal branch alone.
+It is PixArt with one more branch, `attn_temp`, whose oddities the trained weights rely on: it reads
+the raw residual stream, without norm or modulation; it shares the spatial branch's gate; and it
+sees positions in time in block 0 only. `stdit2` is the block without them.
 
 Source: Zheng et al., "Open-Sora", arXiv:2412.20404; code of v1.0.0.
 
-Letters: B batch, C channels, T frames, H W height, width, S patches per frame, L text tokens, K their
-width, D hidden size.
+Letters: B batch, C channels, T frames, H W height, width, S patches per frame, N = T S tokens,
+L text tokens, K their width, D hidden size, P values per patch.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class TemporalBranch(SelfAttention):
         self.config = config
         self.add_positions = add_positions
 
-    def forward(self, x_BTSD: Tensor) -> Tensor:
+    def forward(self, x_BTSD: Tensor, /) -> Tensor:
         if self.add_positions:
             time_TD = temporal_positions(x_BTSD.shape[1], self.config, x_BTSD.device)
             x_BTSD = x_BTSD + time_TD[:, None].to(x_BTSD.dtype)
@@ -115,8 +116,8 @@ class STDiT(nn.Module):
     ) -> Tensor:
         """Prediction with the size and dtype of the latents, and `config.out_channels` channels.
 
-        t_B is in the network's units, 0 to 1000. The mask is True on real text tokens; where drop_B is True
-        the null caption takes a caption's place under the same mask. An image is one frame.
+        t_B is in the network's units, 0 to 1000. The mask is True on real text tokens; where drop_B
+        is True the null caption takes a caption's place under the same mask. An image is one frame.
         """
         x_BTSD = self.x_embedder(latents_BCTHW)
         _, H, W = self.x_embedder.grid(latents_BCTHW)

@@ -1,16 +1,18 @@
-"""STDiT2: the STDiT block put right. Use it for new training; `stdit` is for Open-Sora 1.0's weights.
+"""STDiT2: the STDiT block put right, for new training; `stdit` is for Open-Sora 1.0's weights.
 
     latents → patches + spatial positions
-            → depth × [spatial attention → temporal attention → cross-attention → MLP] → final layer → latents
+            → depth × [spatial attention → temporal attention → cross-attention → MLP]
+            → final layer → latents
 
-Against `stdit`, the temporal branch has its own norm and its own shift, scale and gate; it sees time through
-rotary positions in every block, so clips of any length work alike; and queries and keys of both
-self-attentions are RMS-normalized, which keeps attention logits bounded in low precision.
+Against `stdit`, the temporal branch has its own norm and its own shift, scale and gate; it sees
+time through rotary positions in every block, so clips of any length work alike; and queries and
+keys of both self-attentions are RMS-normalized, which keeps attention logits bounded in low
+precision.
 
 Source: Open-Sora v1.1.0's STDiT2, without its embeddings of size and frame count.
 
-Letters: B batch, C channels, T frames, H W height, width, S patches per frame, L text tokens, K their
-width, D hidden size, A heads, E size per head.
+Letters: B batch, C channels, T frames, H W height, width, S patches per frame, N = T S tokens,
+L text tokens, K their width, D hidden size, A heads, E size per head, P values per patch.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class RotaryTemporalAttention(TemporalAttention):
 
 
 class STDiT2Block(nn.Module):
-    """Spatial, temporal and cross-attention, and an MLP; all but the third are modulated and gated."""
+    """Spatial, temporal and cross-attention, and an MLP; all but the third are modulated and
+    gated."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -124,8 +127,8 @@ class STDiT2(nn.Module):
     ) -> Tensor:
         """Prediction with the size and dtype of the latents, and `config.out_channels` channels.
 
-        t_B is in the network's units, 0 to 1000. The mask is True on real text tokens; where drop_B is True
-        the null caption takes a caption's place under the same mask. An image is one frame.
+        t_B is in the network's units, 0 to 1000. The mask is True on real text tokens; where drop_B
+        is True the null caption takes a caption's place under the same mask. An image is one frame.
         """
         x_BTSD = self.x_embedder(latents_BCTHW)
         _, H, W = self.x_embedder.grid(latents_BCTHW)

@@ -1,1 +1,1 @@
-"""One operation per file: a plain torch reference, later a fused kernel, and the rule that picks one."""
+"""One operation per file: a plain torch reference, fused kernels, and the rule that picks one."""

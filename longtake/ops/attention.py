@@ -58,8 +58,8 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(E)) v, (B, N, A, E) in the dtype of q.
 
-    key_mask_BL is True where a key may be attended. A batch element without any such key gets zeros, and
-    zero gradients: an empty caption says nothing, and never NaN.
+    key_mask_BL is True where a key may be attended. A batch element without any such key gets
+    zeros, and zero gradients: an empty caption says nothing, and never NaN.
     """
     if backend == "auto":
         backend = choose_backend(q_BNAE, k_BLAE, masked=key_mask_BL is not None)

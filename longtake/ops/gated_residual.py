@@ -11,5 +11,5 @@ def gated_residual_reference(x_BND: Tensor, gate_B1D: Tensor, y_BND: Tensor) -> 
 
 
 def gated_residual(x_BND: Tensor, gate_B1D: Tensor, y_BND: Tensor) -> Tensor:
-    """x + gate * y, with the shape and dtype of x; the gate only needs to broadcast (x_BTSD, gate_B11D)."""
+    """x + gate * y, with the shape and dtype of x; also x_BTSD with gate_B11D."""
     return gated_residual_reference(x_BND, gate_B1D, y_BND)

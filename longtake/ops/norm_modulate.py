@@ -16,8 +16,8 @@ def norm_modulate_reference(
 def norm_modulate(x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, eps: float = 1e-6) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift, with the shape and dtype of x.
 
-    The norm has no weights of its own and its statistics are float32 for half-precision x. Tokens may
-    have any number of dimensions (x_BTSD); shift and scale only need to broadcast against them.
+    The norm has no weights of its own and its statistics are float32 for half-precision x. Tokens
+    may have any number of dimensions (x_BTSD); shift and scale only need to broadcast against them.
 
     Source: Peebles and Xie, "Scalable diffusion models with transformers", arXiv:2212.09748.
     """

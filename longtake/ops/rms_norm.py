@@ -12,7 +12,9 @@ def rms_norm_reference(x_BNAE: Tensor, weight_E: Tensor, eps: float = 1e-6) -> T
 
 
 def rms_norm(x_BNAE: Tensor, weight_E: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, float32 inside, in the dtype of x.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in the dtype of x.
+
+    The mean is float32 for half-precision x.
 
     Source: Zhang and Sennrich, "Root mean square layer normalization", arXiv:1910.07467.
     """

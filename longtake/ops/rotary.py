@@ -19,7 +19,7 @@ def rotary_reference(x_BTSAE: Tensor, sin_TF: Tensor, cos_TF: Tensor) -> Tensor:
 
 
 def rotary(x_BTSAE: Tensor, sin_TF: Tensor, cos_TF: Tensor) -> Tensor:
-    """Neighbouring pairs of the last dimension turned by the angle of their frame, in the dtype of x.
+    """Neighbouring pairs of the last dimension turned by the angles of their frame.
 
     sin and cos are float32 and so is the arithmetic: bfloat16 angles would blur frames far apart.
 

@@ -1,4 +1,7 @@
-"""Sines and cosines of positions at geometric frequencies: the one table behind every kind of position."""
+"""Sines and cosines of positions at geometric frequencies, the table behind every kind of position.
+
+Letters: N positions, F frequencies.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ MAX_PERIOD = 10_000.0
 
 
 def sincos_reference(positions_N: Tensor, num_frequencies: int) -> Tensor:
-    """[sin(p w_0) .. sin(p w_F-1), cos(p w_0) .. cos(p w_F-1)] with w_i = 10000^(-i/F), in float64."""
+    """[sin(p w), cos(p w)] for the F frequencies w_i = 10000^(-i/F), in plain torch."""
     index_F = torch.arange(num_frequencies, dtype=torch.float64, device=positions_N.device)
     angle_NF = positions_N.double()[:, None] * MAX_PERIOD ** -(index_F / num_frequencies)
     return torch.cat((angle_NF.sin(), angle_NF.cos()), dim=1).float()
@@ -28,8 +31,8 @@ def _(positions_N: Tensor, num_frequencies: int) -> Tensor:
 
 
 def sincos(positions_N: Tensor, num_frequencies: int) -> Tensor:
-    """Sines, then cosines, of positions at frequencies 10000^(-i/F): float32 (N, 2F), computed in float64.
+    """Sines, then cosines, of positions at frequencies 10000^(-i/F): (N, 2F).
 
-    Not differentiable: positions are constants.
+    Computed in float64, returned in float32. Not differentiable: positions are constants.
     """
     return _sincos(positions_N, num_frequencies)
