@@ -1,0 +1,42 @@
+"""Weights in and out: public checkpoints are read strictly, key by key, and written for others.
+
+from longtake.weights import load_model
+model, account = load_model("DiT-XL-2-256x256.pt")
+print(account)
+out_BCTHW = model(latents_BCTHW, t_B, labels_B=labels_B)
+"""
+
+from longtake.weights.account import Account, LoadError, Status
+from longtake.weights.export import (
+    export_diffusers,
+    export_safetensors,
+    use_original_timesteps,
+    with_positions,
+)
+from longtake.weights.infer import Inferred, infer_config
+from longtake.weights.layouts import LAYOUTS, LayoutName, detect_layout
+from longtake.weights.load import config_of_file, load_model, load_public, stdit_from_pixart
+from longtake.weights.read import WeightsError, WeightsFile, read_state_dict, read_weights
+
+__all__ = [
+    "LAYOUTS",
+    "Account",
+    "Inferred",
+    "LayoutName",
+    "LoadError",
+    "Status",
+    "WeightsError",
+    "WeightsFile",
+    "config_of_file",
+    "detect_layout",
+    "export_diffusers",
+    "export_safetensors",
+    "infer_config",
+    "load_model",
+    "load_public",
+    "read_state_dict",
+    "read_weights",
+    "stdit_from_pixart",
+    "use_original_timesteps",
+    "with_positions",
+]

@@ -1,8 +1,8 @@
 """Reads weights that somebody else wrote: tensors come out, code never runs.
 
-A file is data of unknown origin. PyTorch files go through `torch.load(weights_only=True, mmap=True)`
-after their zip directory has been checked, and there is no second, unsafe attempt; safetensors needs
-no trust. The tensors stay mapped to the file: reading costs no memory until a value is used.
+A file is data of unknown origin. PyTorch files go through `torch.load(weights_only=True)` after
+their zip directory has been checked, and there is no second, unsafe attempt; safetensors needs no
+trust. The tensors stay mapped to the file: reading costs no memory until a value is used.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS = ("ema", "state_dict", "model")
 # What data-parallel and compiling wrappers put before every name.
 PREFIXES = ("module.", "_orig_mod.")
+
+# Beside an export to another library's folder: tensors of ours that its format has no place for.
+EXTRA_FILE = "longtake_extra.safetensors"
 
 _MAX_TENSORS = 100_000
 _MAX_PICKLE_BYTES = 64 * 2**20
@@ -85,7 +88,9 @@ def read_weights(path: str | Path, *, wrapper: str | None = None) -> WeightsFile
         return _finish(path, "safetensors", state, metadata=metadata)
     if path.name.endswith(".index.json"):
         _refuse_wrapper(wrapper, path)
-        return _finish(path, "safetensors", _read_shards(path), config=_read_config(path.parent))
+        state, metadata = _read_shards(path)
+        config = _read_config(path.parent)
+        return _finish(path, "safetensors", state, metadata=metadata, config=config)
     if path.suffix in TORCH_SUFFIXES:
         return _read_torch(path, wrapper)
     raise WeightsError(
@@ -98,12 +103,14 @@ def _read_folder(folder: Path, wrapper: str | None) -> WeightsFile:
     _refuse_wrapper(wrapper, folder)
     config = _read_config(folder)
     indexes = sorted(folder.glob("*.safetensors.index.json"))
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(file for file in folder.glob("*.safetensors") if file.name != EXTRA_FILE)
+    extra = _read_safetensors(folder / EXTRA_FILE)[0] if (folder / EXTRA_FILE).is_file() else {}
     if len(indexes) == 1:
-        return _finish(folder, "safetensors", _read_shards(indexes[0]), config=config)
+        state, metadata = _read_shards(indexes[0])
+        return _finish(folder, "safetensors", state | extra, metadata=metadata, config=config)
     if not indexes and len(files) == 1:
         state, metadata = _read_safetensors(files[0])
-        return _finish(folder, "safetensors", state, metadata=metadata, config=config)
+        return _finish(folder, "safetensors", state | extra, metadata=metadata, config=config)
     if not indexes and not files:
         raise WeightsError(f"{folder}: the folder holds no .safetensors file")
     found = [file.name for file in indexes or files]
@@ -131,9 +138,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    """All tensors that an index names, each from the shard it names."""
-    weight_map = _read_json(index).get("weight_map")
+def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors that an index names, each from the shard it names, and the index's metadata."""
+    content = _read_json(index)
+    weight_map, metadata = content.get("weight_map"), content.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{index}: the index has no 'weight_map'")
     for name, shard in weight_map.items():
@@ -151,7 +159,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             wrong = sorted(promised ^ tensors.keys())
             raise WeightsError(f"{index}: {shard} and the index disagree about {_listed(wrong)}")
         state.update(tensors)
-    return state
+    notes = metadata if isinstance(metadata, dict) else {}
+    return state, {key: value for key, value in notes.items() if isinstance(value, str)}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -200,7 +209,7 @@ def _check_archive(path: Path) -> None:
     """Refuses what `torch.load` should not even see: other formats, compression, huge pickles."""
     if not zipfile.is_zipfile(path):
         raise WeightsError(
-            f"{path}: not a complete PyTorch file (a zip archive since PyTorch 1.6): it is damaged, "
+            f"{path}: not a complete PyTorch file (a zip archive since PyTorch 1.6): damaged, "
             "of another kind, or so old that it must be saved again with a current PyTorch"
         )
     try:
