@@ -1,0 +1,84 @@
+"""Running a reader in worker processes, and saying which file was to blame when one dies or hangs."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from longtake.data.reader import Reader, Request
+
+
+class LoaderError(RuntimeError):
+    """A worker process died or hangs."""
+
+
+def run_workers(reader: Reader, requests: Iterator[Request], *, pin_memory: bool) -> Iterator[Any]:
+    """What `reader` makes of each request, in order.
+
+    Raises:
+        LoaderError: a worker died or took too long.
+    """
+    config = reader.config
+    parallel: dict[str, Any] = {}
+    if config.num_workers:
+        parallel = {
+            "num_workers": config.num_workers,
+            "prefetch_factor": config.prefetch_batches,
+            "timeout": config.worker_timeout_seconds,
+        }
+    loader = DataLoader(
+        reader,
+        sampler=requests,  # type: ignore[arg-type]
+        batch_size=None,
+        pin_memory=pin_memory,
+        # Its own generator: starting workers would otherwise draw from the global one.
+        generator=torch.Generator(),
+        **parallel,
+    )
+    # One pass over the requests is the whole life of the workers, so they need not be persistent.
+    results = iter(loader)
+    while True:
+        try:
+            result = next(results)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            raise _blame(error, reader) from error
+        yield result
+
+
+def _blame(error: RuntimeError, reader: Reader) -> RuntimeError:
+    """The error as a LoaderError that names the file, if it is about a worker; the error itself if not."""
+    text = str(error)
+    if match := re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(.*)", text):
+        process_ids = {int(number) for number in match[1].split(",")}
+        doing = _doing(reader, process_ids) or "between two samples"
+        return LoaderError(
+            f"data worker (process {match[1]}){match[2].rstrip('.')} while reading {doing}. A file that crashes "
+            "the decoder should be removed from the manifest; if the system ran out of memory, "
+            "use fewer num_workers or prefetch_batches"
+        )
+    if "timed out after" in text:
+        seconds = reader.config.worker_timeout_seconds
+        doing = _doing(reader) or "nothing (waiting for a worker to start?)"
+        return LoaderError(
+            f"no batch from the data workers for worker_timeout_seconds={seconds:g}; they are reading "
+            f"{doing}. Is the disk reachable? Raise the timeout if the files are only slow"
+        )
+    return error
+
+
+def _doing(reader: Reader, process_ids: set[int] | None = None) -> str:
+    """What the given workers (or all) read at this moment and since when, longest first."""
+    now = time.monotonic_ns() // 1_000_000
+    rows = sorted(reader.doing.tolist(), key=lambda row: row[2])
+    return ", ".join(
+        f"{reader.manifest[sample_id].path!r} (process {process_id}, for {(now - since) / 1000:.1f} s)"
+        for process_id, sample_id, since in rows
+        if sample_id >= 0 and (process_ids is None or process_id in process_ids)
+    )
