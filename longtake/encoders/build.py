@@ -34,7 +34,7 @@ class VideoEncoderConfig:
     dtype: DtypeName = "auto"
     """`auto` is bf16 on CUDA and fp32 on the CPU; fp16 is refused where it overflows."""
     frames_per_call: int = 0
-    """Image autoencoders see this many frames of the batch at once; 0 is all of them."""
+    """At most this many frames per call (video classes: whole clips); 0 goes by their size."""
     tile: int | None = None
     """Frames higher or wider than this many pixels are processed in blended tiles of this size."""
 
@@ -56,7 +56,7 @@ class TextEncoderConfig:
     channels: int = 64
     """Width of a hashed word's vector. Only for `hashed-words`; the others know their own."""
 
-    path: str = "google/t5-v1_1-xxl"
+    path: str = "DeepFloyd/t5-v1_1-xxl"
     """Folder with config.json and safetensors weights, or a hub name. From here on only T5s."""
     subfolder: str | None = None
     """Where in `path` the encoder lies, usually `text_encoder` in a pipeline's folder."""
