@@ -176,18 +176,24 @@ def grid_of(table_SD: Tensor) -> tuple[int, int]:
 def scale_of(table_ND: Tensor) -> float | None:
     """The number that positions 0, 1, ... of a one-dimensional table were divided by.
 
-    The first frequency is 1, so its sine and cosine give the distance to the second position; one
-    beyond pi would come out wrong and does not occur. None if the table does not tell.
+    The sine and cosine of the first frequency, 1, give the distance to the second position but for
+    whole turns; those of a frequency near 0.1 count the turns. None if the table does not tell.
     """
     if len(table_ND) < 2:
         return None
-    step = math.atan2(float(table_ND[1, 0]), float(table_ND[1, table_ND.shape[1] // 2]))
+    half = table_ND.shape[1] // 2
+    sin_F, cos_F = table_ND[1, :half].tolist(), table_ND[1, half:].tolist()
+    slow = half // 4
+    coarse = math.atan2(sin_F[slow], cos_F[slow]) * 10_000 ** (slow / half)
+    fine = math.atan2(sin_F[0], cos_F[0])
+    step = fine + math.tau * round((coarse - fine) / math.tau)
     if step <= 0:
         return None
-    # The short fraction that was meant; buffers may be stored in half precision.
+    # The short fraction that was meant, as far as the table's precision tells.
+    tolerance = max(1e-5, 4 * torch.finfo(table_ND.dtype).eps)
     for denominator in (1, 2, 3, 4, 6, 8, 12, 16):
         nearest = round(denominator / step) / denominator
-        if nearest > 0 and abs(nearest * step - 1) < 4e-3:
+        if nearest > 0 and abs(nearest * step - 1) < tolerance:
             return nearest
     return 1 / step
 

@@ -310,14 +310,14 @@ def _compare_positions(
     if kind == "time":
         grid = f"{len(stored_ND)} frames"
         ours_ND = temporal_positions(len(stored_ND), config)
-        setting, ours, theirs = "time_scale", config.time_scale, scale_of(stored_ND)
+        setting, ours, theirs = "time_scale", config.time_scale, scale_of(table[0])
     else:
         height, width = grid_of(stored_ND)
         grid = f"{height}x{width} patches"
         ours_ND = spatial_positions(height, width, config)
         stretch = 1.0 if config.base_size is None else config.base_size / width
         setting, ours = "space_scale", config.space_scale
-        scale = scale_of(stored_ND[:width, : hidden // 2])
+        scale = scale_of(table[0, :width, : hidden // 2])
         theirs = None if scale is None else scale * stretch
     difference = float((stored_ND - ours_ND).abs().max())
     reason = f"computed for each shape; largest difference {difference:.1e} at {grid}"
