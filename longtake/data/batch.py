@@ -1,9 +1,9 @@
-"""What the loader hands to the trainer: pixels with their captions, labels and the keys of their randomness."""
+"""What the loader hands out: pixels with captions, labels and the keys of their randomness."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -55,13 +55,19 @@ class Batch:
     def pin_memory(self) -> Batch:
         return self._with(Tensor.pin_memory)
 
-    def _with(self, change) -> Batch:
-        tensors = {name: v for name, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            pixels_BCTHW=change(self.pixels_BCTHW),
+            labels_B=change(self.labels_B),
+            epochs_B=change(self.epochs_B),
+            sample_ids_B=change(self.sample_ids_B),
+            weights_B=change(self.weights_B),
+        )
 
 
 class TooManyBadSamples(RuntimeError):
-    """So many samples could not be read that training on the rest would not be what was asked for."""
+    """So many samples failed that training on the rest would not be what was asked for."""
 
     def __init__(self, headline: str, bad: Sequence[BadSample]) -> None:
         self.bad = list(bad)

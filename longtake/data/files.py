@@ -38,7 +38,7 @@ class MediaError(Exception):
 
 
 def name_problem(name: str, *, allow_outside_root: bool = False) -> str | None:
-    """What is wrong with a path from a manifest, or None. Looks at the text only, not at the disk."""
+    """What is wrong with a path from a manifest, or None; looks at the text, not at the disk."""
     if not name:
         return "the path is empty"
     if not name.isprintable():
@@ -90,7 +90,8 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     except FileNotFoundError as error:
         raise MediaError(path, "missing", "no such file") from error
     except (OSError, ValueError) as error:
-        reason = "not_a_file" if getattr(error, "errno", None) in _NOT_FILES else "unreadable"
+        is_odd = getattr(error, "errno", None) in _NOT_FILES
+        reason: Reason = "not_a_file" if is_odd else "unreadable"
         raise MediaError(path, reason, f"cannot be opened ({error})") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):

@@ -1,7 +1,7 @@
 """From a manifest to batches, in the order that `stream` defines.
 
-What a batch contains is a function of (seed, step) alone. Workers are told a place in the stream and
-nothing else, so neither their number nor the number of processes changes a pixel.
+What a batch contains is a function of (seed, step) alone. Workers are told a place in the stream
+and nothing else, so neither their number nor the number of processes changes a pixel.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from longtake.data.workers import run_workers
 
 
 def open_manifest(config: DataConfig, manifest: str | Path | None = None) -> Manifest:
-    """The manifest of a config, or another one read by the same rules (such as the held-out one)."""
+    """The config's manifest, or another one (such as the held-out one) read by the same rules."""
     path = manifest or config.manifest
     if not path:
         raise ValueError(
@@ -43,8 +43,8 @@ def build_loader(
     """The endless stream of training steps for one data-parallel rank, from `start` on.
 
     Raises:
-        ValueError: the manifest or a bucket has no usable sample, a batch size does not divide among the
-            processes and micro-batches, or `start` belongs to other buckets.
+        ValueError: the manifest or a bucket has no usable sample, a batch size does not divide
+            among the processes and micro-batches, or `start` belongs to other buckets.
     """
     manifest = open_manifest(config) if manifest is None else manifest
     pools = [
@@ -67,7 +67,8 @@ def build_loader(
 class Loader:
     """Iterating yields one optimizer step at a time: the list of this rank's micro-batches.
 
-    `state` is the place after the last step yielded: saved once that step is trained, it resumes with the next.
+    `state` is the place after the last step yielded: saved once that step is trained, it resumes
+    with the next.
     """
 
     def __init__(
@@ -116,8 +117,8 @@ class Loader:
             bucket = self._config.buckets[batch.bucket]
             pool = len(self.pools[batch.bucket].ids)
             raise TooManyBadSamples(
-                f"no readable sample found for bucket {bucket}: {len(batch.bad)} of the pool's {pool} "
-                f"were tried in a row and all failed",
+                f"no readable sample found for bucket {bucket}: the last "
+                f"{len(batch.bad)} tries among its {pool} samples all failed",
                 batch.bad,
             )
         self._read += len(batch.captions)
@@ -125,7 +126,7 @@ class Loader:
         if self._read >= self._config.bad_grace and fraction > self._config.max_bad_fraction:
             raise TooManyBadSamples(
                 f"{len(self._bad)} of {self._read + len(self._bad)} samples read could not be used "
-                f"({fraction:.1%}), more than max_bad_fraction={self._config.max_bad_fraction:.1%}: "
+                f"({fraction:.1%}), more than max_bad_fraction={self._config.max_bad_fraction}: "
                 "repair or remove them (`longtake doctor --manifest` lists them all)",
                 self._bad,
             )
@@ -142,10 +143,11 @@ def validation_batches(
     max_samples: int | None = None,
     pin_memory: bool = False,
 ) -> ValidationBatches:
-    """A fixed list of held-out samples in the manifest's order: first clip of each range, centre crop.
+    """Held-out samples in the manifest's order: the first clip of each range, centre crop.
 
-    Every process gets equally many batches of `batch_size`, padded with samples of weight 0, so that collectives
-    match; over all processes the samples of weight 1 are the same for any `dp_size`.
+    Every process gets equally many batches of `batch_size`, padded with samples of weight 0, so
+    that collectives match; over all processes the samples of weight 1 are the same for any
+    `dp_size`.
 
     Raises:
         ValueError: no sample of the manifest suits the bucket.

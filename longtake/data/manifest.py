@@ -1,8 +1,9 @@
 """Manifests: the list of samples of a data set, as CSV, JSONL or Parquet.
 
-Columns: `path` (required), `caption`, `label` (integer class), `start`, `end` (seconds), and what is known of
-the file: `num_frames`, `height`, `width`, `fps`, `duration` (seconds). Names are taken as they are; other columns are
-ignored and named in `Manifest.ignored_columns`. An empty cell, null or a missing key means "not given".
+Columns: `path` (required), `caption`, `label` (integer class), `start`, `end` (seconds), and what
+is known of the file: `num_frames`, `height`, `width`, `fps`, `duration` (seconds). Names are taken
+as they are; other columns are ignored and named in `Manifest.ignored_columns`. An empty cell, null
+or a missing key means "not given".
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Sample:
 
 
 class TextTable(Sequence[str]):
-    """Many strings in one buffer: a tenth of a list's memory, and worker processes share it untouched."""
+    """Many strings in one buffer: less memory than a list, and workers share it untouched."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()

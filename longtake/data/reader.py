@@ -51,8 +51,8 @@ class Reader(Dataset):
 
     def __init__(self, config: DataConfig, manifest: Manifest) -> None:
         self.config, self.manifest = config, manifest
-        # What each worker reads now: (process id, sample id, since when in ms). Shared memory, so that a worker's
-        # death or hang can be blamed on a file.
+        # What each worker reads now: (process id, sample id, since when in ms). Shared memory, so
+        # that a worker's death or hang can be blamed on a file.
         self.doing = torch.full((max(1, config.num_workers), 3), -1, dtype=torch.int64)
         if config.num_workers:
             self.doing.share_memory_()
@@ -181,7 +181,8 @@ class ValidationReader(Reader):
         bad: list[BadSample] = []
         for k in range(request.count):
             place = request.first + k
-            # Padding repeats the last sample's caption and label, so that encoders see ordinary input.
+            # Padding repeats the last sample's caption and label, so that encoders see ordinary
+            # input.
             ids_B[k] = sample_id = int(self.ids[min(place, len(self.ids) - 1)])
             sample = self.manifest[sample_id]
             captions[k], labels_B[k] = sample.caption, sample.label

@@ -1,8 +1,8 @@
-"""The order of samples, as pure functions: which bucket a step takes and which sample each position names.
+"""The order of samples, as pure functions: the bucket of each step, the sample of each position.
 
-Nothing here remembers anything. A run's place in the stream is a `LoaderState` of a few integers, so it
-resumes at any step, on any number of processes, without a sample lost or repeated: every bucket's pool is
-passed through epoch after epoch, and a batch may straddle two of them.
+Nothing here remembers anything. A run's place in the stream is a `LoaderState` of a few integers,
+so it resumes at any step, on any number of processes, without a sample lost or repeated: every
+bucket's pool is passed through epoch after epoch, and a batch may straddle two of them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class LoaderState:
-    """A place in the stream: the next step, and how many samples each bucket has given before it."""
+    """A place in the stream: the next step, and the samples each bucket has given before it."""
 
     step: int
     consumed: tuple[int, ...]
@@ -89,7 +89,7 @@ def bucket_of_step(step: int, weights: Sequence[float], *, seed: int) -> int:
 
 
 def sample_at(position: int, pool: np.ndarray, *, seed: int, domain: int) -> tuple[int, int]:
-    """(epoch, sample id) at a position of a bucket's endless stream; `domain` is the bucket's index."""
+    """(epoch, sample id) at a position of a bucket's stream; `domain` is the bucket's index."""
     epoch, index = divmod(position, len(pool))
     return epoch, int(
         pool[randomness.permuted(index, len(pool), seed=seed, epoch=epoch, domain=domain)]
@@ -99,15 +99,15 @@ def sample_at(position: int, pool: np.ndarray, *, seed: int, domain: int) -> tup
 def replacement(attempt: int, pool: np.ndarray, *, seed: int, epoch: int, slot_id: int) -> int:
     """The sample to try instead when sample `slot_id` of an epoch cannot be read.
 
-    Attempts 0, 1, ... run through a permutation of the pool that belongs to the slot, so every process
-    and every replay tries the same ones, and all are tried before one comes again.
+    Attempts 0, 1, ... run through a permutation of the pool that belongs to the slot, so every
+    process and every replay tries the same ones, and all are tried before one comes again.
     """
     slot_seed = randomness.named_seed(seed, f"replacement/{slot_id}")
     return int(pool[randomness.permuted(attempt, len(pool), seed=slot_seed, epoch=epoch)])
 
 
 def share(batch_size: int, *, rank: int, size: int, micro_batches: int) -> list[range]:
-    """Places in the global batch that data-parallel rank `rank` of `size` takes, one range per micro-batch.
+    """Places in the global batch that rank `rank` of `size` takes, one range per micro-batch.
 
     Raises:
         ValueError: the batch does not divide.
@@ -128,9 +128,10 @@ def share(batch_size: int, *, rank: int, size: int, micro_batches: int) -> list[
 def unsuitable(
     manifest: Manifest, bucket: Bucket, *, fps: float | None, frame_interval: int
 ) -> np.ndarray:
-    """Why each sample cannot fill the bucket, as far as the manifest itself tells: strings, "" if it can.
+    """Why each sample cannot fill the bucket, as far as the manifest tells; "" if it can.
 
-    Lengths that the manifest does not give are not held against a sample: its file will be read and tell.
+    Lengths that the manifest does not give are not held against a sample: its file will be read and
+    tell.
     """
     count = len(manifest)
     reasons = np.full(count, "", dtype=object)

@@ -1,8 +1,8 @@
-"""Reading a clip: only the frames asked for, chosen by their timestamps, bounded in pixels, frames and time.
+"""Reading a clip: only the frames asked for, by their timestamps, bounded in pixels and time.
 
 A video is a list of (presentation time, picture). Frame k of a clip is the picture on screen at
-start + k * frame_interval / fps, so variable frame rates come out right; with fps=None it is the video's own
-frames, every frame_interval-th of them.
+start + k * frame_interval / fps, so variable frame rates come out right; with fps=None it is the
+video's own frames, every frame_interval-th of them.
 
 Letters: T frames, C channels, H W height and width.
 """
@@ -29,10 +29,15 @@ from longtake.data.image import is_image, read_image
 from longtake.data.transforms import cover_size, scale_frame
 
 # Media containers only. Playlists (HLS, DASH, ffconcat) would make FFmpeg open other files by name.
-_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegps,mpegts,mpegvideo,ogg,gif,flv,asf,h264,hevc,ivf"
-# Seconds. Matroska rounds timestamps to milliseconds: a frame may claim to start half of one too late.
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegps,mpegts,mpegvideo,ogg,gif,flv,asf,"
+    "h264,hevc,ivf"
+)
+# Seconds. Matroska rounds timestamps to milliseconds: a frame may claim to start half of one too
+# late.
 _TIME_SLACK = 0.6e-3
-# Seconds. Containers index key frames by decoding time, which lies a few frames before presentation.
+# Seconds. Containers index key frames by decoding time, which lies a few frames before
+# presentation.
 _SEEK_MARGIN = 0.25
 # Frames per second, for streams that do not say.
 _USUAL_RATE = 25.0
@@ -108,12 +113,12 @@ def read_clip(
         end: seconds where it ends (exclusive); None is the end of the file.
         fps: frames per second to resample to; None takes the video's own frames.
         position: in [0, 1); where in the usable range the clip lies, 0 at its beginning.
-        cover: (height, width) that the frames are scaled to just cover, aspect kept; None keeps their size.
+        cover: (height, width) that the frames are scaled to just cover; None keeps their size.
 
     An image is a video of one frame.
 
     Raises:
-        MediaError: the file is missing, not media of an allowed kind, damaged, too short, or beyond `limits`.
+        MediaError: missing, not media of an allowed kind, damaged, too short or beyond `limits`.
     """
     if is_image(path):
         if num_frames > 1:
@@ -187,8 +192,12 @@ class _Video:
                 yield head
                 yield from decoded
                 return
-            # The seek landed behind the first frame wanted (a broken index): decode from the beginning.
-            self._seek(0.0)
+            # The seek landed behind the first frame wanted (no index, or a broken one): decode from
+            # the beginning. Some formats find it only before their first time, others only at it.
+            try:
+                self._seek(-1.0)
+            except av.FFmpegError:
+                self._seek(0.0)
         yield from self._decode()
 
     def _seek(self, seconds: float) -> None:
@@ -243,7 +252,7 @@ class _Video:
 def _collect(
     video: _Video, wanted: _Wanted, first: float, cover: tuple[int, int] | None
 ) -> list[Tensor]:
-    """The pictures from `first` on, uint8 (H, W, 3) each; fewer than wanted if the range ends before."""
+    """The pictures from `first` on, uint8 (H, W, 3); fewer than wanted if the range ends before."""
     select = _own_frames if wanted.fps is None else _resampled_frames
     pictures: list[Tensor] = []
     for frame, repeats in select(video, wanted, first):
@@ -306,7 +315,7 @@ def _resampled_frames(
 def _open_video(
     path: str | os.PathLike[str], limits: MediaLimits, deadline: float | None = None
 ) -> Iterator[_Video]:
-    """Opens the first real video stream; whatever the decoder raises inside becomes a MediaError."""
+    """Opens the first real video stream; what the decoder raises inside becomes a MediaError."""
     deadline = time.monotonic() + limits.max_seconds if deadline is None else deadline
     # The limit is given twice: while probing, and to the decoder itself.
     decoder_options = {"max_pixels": str(limits.max_pixels)}
@@ -328,7 +337,8 @@ def _open_video(
             if context.width * context.height > limits.max_pixels:
                 raise _too_many_pixels(path, context.width, context.height, limits)
             context.options = decoder_options
-            # Workers are the parallelism; FFmpeg's frame threads have also been seen to hang in them.
+            # Workers are the parallelism; FFmpeg's frame threads have also been seen to hang in
+            # them.
             context.thread_count = 1
             rate = stream.average_rate or stream.guessed_rate
             tick = stream.time_base
@@ -352,7 +362,8 @@ def _open_video(
     except MemoryError as error:
         raise MediaError(path, "too_large", "decoding ran out of memory") from error
     except Exception as error:
-        # Damaged files make PyAV raise IndexError, UnicodeDecodeError, EOFError and others besides its own.
+        # Damaged files make PyAV raise IndexError, UnicodeDecodeError, EOFError and others besides
+        # its own.
         text = f"cannot be decoded ({type(error).__name__}: {_first_line(error)})"
         raise MediaError(path, "unreadable", text) from error
 
@@ -361,8 +372,8 @@ def _video_stream(container: InputContainer, path: str | os.PathLike[str]) -> Vi
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:
             return stream
-    kinds = sorted({stream.type for stream in container.streams}) or ["no stream at all"]
-    raise MediaError(path, "no_video", f"has no video stream (it has: {', '.join(kinds)})")
+    kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+    raise MediaError(path, "no_video", f"has no video stream; it has: {kinds}")
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:

@@ -1,4 +1,4 @@
-"""Running a reader in worker processes, and saying which file was to blame when one dies or hangs."""
+"""Running a reader in worker processes; when one dies or hangs, the file it read is named."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run_workers(reader: Reader, requests: Iterator[Request], *, pin_memory: bool
         }
     loader = DataLoader(
         reader,
-        sampler=requests,  # type: ignore[arg-type]
+        sampler=requests,
         batch_size=None,
         pin_memory=pin_memory,
         # Its own generator: starting workers would otherwise draw from the global one.
@@ -53,22 +53,22 @@ def run_workers(reader: Reader, requests: Iterator[Request], *, pin_memory: bool
 
 
 def _blame(error: RuntimeError, reader: Reader) -> RuntimeError:
-    """The error as a LoaderError that names the file, if it is about a worker; the error itself if not."""
+    """A LoaderError that names the file if the error is about a worker; else the error itself."""
     text = str(error)
     if match := re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(.*)", text):
         process_ids = {int(number) for number in match[1].split(",")}
         doing = _doing(reader, process_ids) or "between two samples"
         return LoaderError(
-            f"data worker (process {match[1]}){match[2].rstrip('.')} while reading {doing}. A file that crashes "
-            "the decoder should be removed from the manifest; if the system ran out of memory, "
-            "use fewer num_workers or prefetch_batches"
+            f"data worker (process {match[1]}){match[2].rstrip('.')} while reading {doing}. "
+            "A file that crashes the decoder should be removed from the manifest; if the system "
+            "ran out of memory, use fewer num_workers or prefetch_batches"
         )
     if "timed out after" in text:
         seconds = reader.config.worker_timeout_seconds
         doing = _doing(reader) or "nothing (waiting for a worker to start?)"
         return LoaderError(
-            f"no batch from the data workers for worker_timeout_seconds={seconds:g}; they are reading "
-            f"{doing}. Is the disk reachable? Raise the timeout if the files are only slow"
+            f"no batch from the data workers for worker_timeout_seconds={seconds:g}; they are "
+            f"reading {doing}. Is the disk reachable? Raise the timeout if files are only slow"
         )
     return error
 
@@ -78,7 +78,7 @@ def _doing(reader: Reader, process_ids: set[int] | None = None) -> str:
     now = time.monotonic_ns() // 1_000_000
     rows = sorted(reader.doing.tolist(), key=lambda row: row[2])
     return ", ".join(
-        f"{reader.manifest[sample_id].path!r} (process {process_id}, for {(now - since) / 1000:.1f} s)"
+        f"{reader.manifest[sample_id].path!r} (process {process_id}, {(now - since) / 1000:.1f} s)"
         for process_id, sample_id, since in rows
         if sample_id >= 0 and (process_ids is None or process_id in process_ids)
     )

@@ -39,7 +39,8 @@ def write_video(path: str | os.PathLike[str], pixels_TCHW: Tensor, fps: float) -
     frames_THWC = frames_TCHW.permute(0, 2, 3, 1).contiguous().numpy()
     with (
         _replacing(path) as temporary,
-        # An absolute name: FFmpeg would read "a:b.mp4" as protocol "a". It opens the file twice for faststart.
+        # An absolute name: FFmpeg would read "a:b.mp4" as protocol "a". It opens the file twice for
+        # faststart.
         av.open(
             str(temporary.absolute()), mode="w", format="mp4", options={"movflags": "faststart"}
         ) as container,
@@ -71,7 +72,7 @@ def write_image(path: str | os.PathLike[str], pixels_CHW: Tensor) -> None:
 
 
 def contact_sheet(pixels_TCHW: Tensor, *, columns: int = 4, max_frames: int = 16) -> Tensor:
-    """Up to `max_frames` frames, evenly spread from first to last, in rows on white: pixels_CHW uint8."""
+    """Up to `max_frames` frames, evenly spread from first to last, in rows on white, uint8 CHW."""
     _check_pixels(pixels_TCHW, dims=4)
     count = min(max_frames, len(pixels_TCHW))
     chosen = torch.linspace(0, len(pixels_TCHW) - 1, count).round().long()
@@ -100,7 +101,7 @@ def _check_pixels(pixels: Tensor, *, dims: int) -> None:
 
 @contextmanager
 def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new empty file that takes the name `path` when the block ends well, and vanishes otherwise."""
+    """An empty file that takes the name `path` when the block ends well, and vanishes otherwise."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
