@@ -73,8 +73,8 @@ def _check(config: ModelConfig) -> None:
         raise ValueError(f"micro_conditioning exists for pixart only, not for {config.name}")
     if config.micro_conditioning and hidden_size % 3:
         raise ValueError(
-            f"hidden_size={hidden_size} must be divisible by 3 for micro_conditioning: height, width "
-            f"and aspect ratio take a third each"
+            f"hidden_size={hidden_size} must be divisible by 3 for micro_conditioning: height, "
+            f"width and aspect ratio take a third each"
         )
     if config.base_size is not None and config.base_size < 1:
         raise ValueError(f"base_size={config.base_size} must be at least 1, or None")

@@ -5,9 +5,9 @@
             → final layer → latents
 
 The timestep alone makes six rows of shift, scale and gate, once for all blocks; each block adds a
-table of its own (adaLN-single). Text enters only through cross-attention, which is neither normalized nor gated.
-With several frames it is the full-attention video model of Open-Sora 1.0: the same blocks over T·S
-tokens.
+table of its own (adaLN-single). Text enters through cross-attention, which is neither normalized
+nor gated. With several frames it is the full-attention video model of Open-Sora 1.0: the same
+blocks over T·S tokens, and positions in time.
 
 Source: Chen et al., "PixArt-alpha", arXiv:2310.00426.
 
