@@ -26,7 +26,7 @@ _END = "</s>"  # No word of a caption can be this one: punctuation is split from
 
 
 class HashedWordsEncoder:
-    """Random-vector word embeddings plus a position code, unit variance per element; deterministic.
+    """Random vectors of words plus those of their positions; unit variance, deterministic.
 
     A caption is normalized (Unicode NFC, lower case) and split into words and punctuation marks,
     cut to `max_tokens - 1` of them and closed by one end token; the empty caption is the end token
@@ -43,7 +43,9 @@ class HashedWordsEncoder:
         self.channels = channels
         self.max_tokens = max_tokens
         self._device = torch.device(device)
-        self._position_LK = _position_code(max_tokens, channels)
+        # No word contains a space: words and positions never share a vector.
+        positions = [_signs(f"position {index}", channels) for index in range(max_tokens)]
+        self._position_LK = torch.stack(positions)
         self.provenance: dict[str, object] = {
             "class": "HashedWordsEncoder",
             "what": "fixed random vector per word, not a language model",
@@ -59,8 +61,8 @@ class HashedWordsEncoder:
         mask_BL = torch.zeros(len(captions), self.max_tokens, dtype=torch.bool)
         for embeds_LK, mask_L, caption in zip(embeds_BLK, mask_BL, captions, strict=True):
             words = [*split_words(caption)[: self.max_tokens - 1], _END]
-            words_LK = torch.stack([_word_vector(word, self.channels) for word in words])
-            # Two independent codes of unit variance: over sqrt(2) their sum has unit variance too.
+            words_LK = torch.stack([_signs(word, self.channels) for word in words])
+            # Two independent vectors of unit variance: over sqrt(2) their sum has it too.
             embeds_LK[: len(words)] = (words_LK + self._position_LK[: len(words)]) / math.sqrt(2)
             mask_L[: len(words)] = True
         return PromptEmbeds(
@@ -75,16 +77,8 @@ def split_words(caption: str) -> list[str]:
 
 
 @lru_cache(maxsize=65536)
-def _word_vector(word: str, channels: int) -> Tensor:
+def _signs(name: str, channels: int) -> Tensor:
     """+1 or -1 per channel, from the bits of a hash: the same on every platform, exactly."""
-    digest = hashlib.shake_256(word.encode()).digest(channels // 8)
+    digest = hashlib.shake_256(name.encode(errors="surrogatepass")).digest(channels // 8)
     bits = [byte >> shift & 1 for byte in digest for shift in range(8)]
     return torch.tensor(bits, dtype=torch.float32) * 2 - 1
-
-
-def _position_code(max_tokens: int, channels: int) -> Tensor:
-    """sqrt(2) times the sines and cosines of arXiv:1706.03762, §3.5: (L, K), float32."""
-    position_L1 = torch.arange(max_tokens, dtype=torch.float64)[:, None]
-    frequency_K = 10000.0 ** (-torch.arange(channels // 2, dtype=torch.float64) / (channels // 2))
-    angle_LK = position_L1 * frequency_K
-    return math.sqrt(2) * torch.cat((angle_LK.sin(), angle_LK.cos()), dim=1).float()

@@ -261,5 +261,5 @@ class HashedTokenizer:
 
     def _word_id(self, word: str) -> int:
         reserved = 3  # Padding, end and unknown.
-        digest = hashlib.sha256(word.encode()).digest()
+        digest = hashlib.sha256(word.encode(errors="surrogatepass")).digest()
         return reserved + int.from_bytes(digest[:8], "little") % (self._vocab_size - reserved)
