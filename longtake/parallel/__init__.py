@@ -1,0 +1,48 @@
+"""Makes a finished model sharded, checkpointed and compiled, and owns the processes it runs on."""
+
+from longtake.parallel.collectives import (
+    PeerError,
+    any_process,
+    gather_json,
+    mean_over_processes,
+    run_together,
+)
+from longtake.parallel.mesh import (
+    Mesh,
+    ParallelConfig,
+    build_mesh,
+    compute_dtype,
+    start_distributed,
+    stop_distributed,
+)
+from longtake.parallel.parallelize import is_compiled, parallelize
+from longtake.parallel.shard import (
+    drop_gathered,
+    local_part,
+    materialize,
+    read_full,
+    sync_gradients,
+    write_full,
+)
+
+__all__ = [
+    "Mesh",
+    "ParallelConfig",
+    "PeerError",
+    "any_process",
+    "build_mesh",
+    "compute_dtype",
+    "drop_gathered",
+    "gather_json",
+    "is_compiled",
+    "local_part",
+    "materialize",
+    "mean_over_processes",
+    "parallelize",
+    "read_full",
+    "run_together",
+    "start_distributed",
+    "stop_distributed",
+    "sync_gradients",
+    "write_full",
+]

@@ -1,0 +1,25 @@
+"""torch.compile of the blocks, in place: one small graph that all blocks of a kind share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+# Every bucket's shape, every kind of block and training versus inference is a graph of its own.
+# Above the limit `fullgraph` raises; PyTorch's default of 8 would be met by four buckets of a
+# two-branch block.
+_MAX_GRAPHS = 256
+
+
+def compile_blocks(blocks: Iterable[nn.Module], *, backend: str | Callable = "inductor") -> None:
+    """Compiles the forward of each block in place, on its first call; parameter names stay.
+
+    The forward and not the module: FSDP's hooks on the module stay outside of the graph. Shapes are
+    static, since a bucket's shape never changes and static kernels are faster. A block that cannot
+    be captured whole is an error, not a silent fallback to eager.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
+    for block in blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)

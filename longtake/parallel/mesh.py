@@ -1,0 +1,184 @@
+"""Which processes there are and what each of them does: start-up, the degrees of parallelism and
+the device mesh.
+
+One process takes the same path as a thousand: it is a process group of one.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a model is spread over processes and what each of them computes with.
+
+    dp_replicate × dp_shard × sp must equal the number of processes.
+    """
+
+    dp_replicate: int = 1
+    """Groups of processes that each hold the whole model; above 1 this is hybrid sharding (HSDP).
+    """
+    dp_shard: int = -1
+    """Processes that share one copy of weights, gradients and optimizer state; -1 takes the rest.
+    """
+    sp: int = 1
+    """Processes that share the tokens of one sample."""
+    compile: bool | None = None
+    """torch.compile of every block; None means on CUDA only."""
+    param_dtype: Literal["bf16", "fp32"] | None = None
+    """What the forward and backward compute in (weights and moments stay fp32); None: bf16 on CUDA.
+    """
+    checkpointing: Literal["none", "full"] = "none"
+    """Activation checkpointing: "full" keeps each block's input and recomputes the rest."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered weights after its forward: less memory, one more all-gather."""
+    timeout_seconds: int = 300
+    """How long a collective may wait before the run is given up as hung."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The processes of a run as a grid, checked once by `build_mesh`.
+
+    dp_rank counts the processes that see different samples: 0 <= dp_rank < dp_size. The processes
+    of one sequence-parallel group share a dp_rank.
+    """
+
+    dp_replicate: int
+    dp_shard: int
+    sp: int
+    rank: int
+    world_size: int
+    device: torch.device
+    device_mesh: DeviceMesh  # axes dp_replicate, dp_shard
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.sp
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that logs and writes the run's single files."""
+        return self.rank == 0
+
+    @property
+    def fsdp_mesh(self) -> DeviceMesh:
+        """What `fully_shard` wants: one axis for plain sharding, two for hybrid sharding."""
+        return self.device_mesh if self.dp_replicate > 1 else self.device_mesh["dp_shard"]
+
+
+def start_distributed(
+    device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_seconds: int = 300
+) -> torch.device:
+    """Joins the processes that torchrun started, or makes a group of one, and returns this one's
+    device.
+
+    CPU tensors travel over gloo and CUDA tensors over NCCL. `kill -USR2 <pid>` prints where each
+    thread of a process is.
+
+    Raises: ValueError for `device="cuda"` where there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device='cuda' but PyTorch sees no CUDA device: use device='cpu', or check the driver "
+            "with `longtake doctor`"
+        )
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    faulthandler.enable()
+    if hasattr(signal, "SIGUSR2"):
+        faulthandler.register(signal.SIGUSR2, all_threads=True)
+
+    if kind == "cuda":
+        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(own)
+    else:
+        own = torch.device("cpu")
+    if dist.is_initialized():
+        return own
+
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, init_method="env://", timeout=timeout)
+    else:
+        # An in-memory store: nothing to bind, so that any number of runs share a machine.
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    return own
+
+
+def stop_distributed() -> None:
+    """Leaves the process group; harmless if there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def build_mesh(config: ParallelConfig, device: torch.device | None = None) -> Mesh:
+    """The grid of all processes. Needs `start_distributed` first, whose result is `device`.
+
+    Raises: ValueError if the degrees do not multiply to the number of processes.
+    """
+    assert dist.is_initialized(), "call start_distributed before build_mesh"
+    device = device if device is not None else torch.device("cpu")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dp_replicate, dp_shard = resolve_degrees(config, world_size)
+    device_mesh = init_device_mesh(
+        device.type, (dp_replicate, dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
+    )
+    return Mesh(
+        dp_replicate=dp_replicate,
+        dp_shard=dp_shard,
+        sp=config.sp,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        device_mesh=device_mesh,
+    )
+
+
+def resolve_degrees(config: ParallelConfig, world_size: int) -> tuple[int, int]:
+    """(dp_replicate, dp_shard) for this many processes, with -1 filled in.
+
+    Raises: ValueError naming the degree that does not fit and those that would.
+    """
+    if config.sp != 1:
+        raise ValueError(f"sp={config.sp}: sequence parallelism is not available yet, use sp=1")
+    if config.dp_replicate < 1:
+        raise ValueError(f"dp_replicate={config.dp_replicate} must be at least 1")
+    if config.dp_shard < 1 and config.dp_shard != -1:
+        raise ValueError(f"dp_shard={config.dp_shard} must be at least 1, or -1 for the rest")
+    if config.dp_shard == -1:
+        if world_size % config.dp_replicate:
+            fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
+            raise ValueError(
+                f"dp_replicate={config.dp_replicate} must divide the {world_size} processes: "
+                f"use one of {', '.join(map(str, fitting))}"
+            )
+        return config.dp_replicate, world_size // config.dp_replicate
+    if config.dp_replicate * config.dp_shard != world_size:
+        raise ValueError(
+            f"dp_replicate={config.dp_replicate} × dp_shard={config.dp_shard} must equal the "
+            f"{world_size} processes: change one of them, use dp_shard=-1 for the rest, or start "
+            f"{config.dp_replicate * config.dp_shard} processes"
+        )
+    return config.dp_replicate, config.dp_shard
+
+
+def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
+    """What the forward and backward compute in on this device."""
+    name = config.param_dtype or ("bf16" if device.type == "cuda" else "fp32")
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]

@@ -1,0 +1,39 @@
+"""The one orchestrator: decides what is done to a finished model, and in which order."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from longtake.parallel.activation_checkpointing import checkpoint_blocks
+from longtake.parallel.compile import compile_blocks
+from longtake.parallel.mesh import Mesh, ParallelConfig, compute_dtype
+from longtake.parallel.shard import shard_blocks
+
+
+def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Module:
+    """Makes a model checkpointed, compiled and sharded as the config says, in place, and returns
+    it.
+
+    The model is best still on the meta device; then come `materialize` and the weights. The order
+    matters: recomputation lies inside the compiled graph, and the gathering of weights outside of
+    it.
+    """
+    blocks = model.blocks
+    assert isinstance(blocks, nn.ModuleList), "a model's blocks are its units of sharding"
+    checkpoint_blocks(blocks, config.checkpointing)
+    if is_compiled(config, mesh.device):
+        compile_blocks(blocks)
+    shard_blocks(
+        model,
+        blocks,
+        mesh.fsdp_mesh,
+        param_dtype=compute_dtype(config, mesh.device),
+        reshard_after_forward=config.reshard_after_forward,
+    )
+    return model
+
+
+def is_compiled(config: ParallelConfig, device: torch.device) -> bool:
+    """Whether blocks are compiled on this device."""
+    return device.type == "cuda" if config.compile is None else config.compile

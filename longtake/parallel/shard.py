@@ -1,0 +1,107 @@
+"""FSDP2: weights, gradients and optimizer state spread over the processes; and full tensors in and
+out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def shard_blocks(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    param_dtype: torch.dtype,
+    reshard_after_forward: bool,
+) -> None:
+    """Shards every block as one unit and the rest of the model as the root unit, in place.
+
+    A mesh of one axis shards over it; of two axes it replicates over the first and shards over the
+    second. Weights stay fp32 in the shards, are gathered in `param_dtype`, and gradients are
+    averaged in fp32. Inputs are not cast: the models do that where it is right, and keep timesteps
+    and positions in fp32.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    # The root's weights are the first that the backward needs: freeing them would gain nothing.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def sync_gradients(model: nn.Module, is_last: bool) -> None:
+    """Call before each micro-batch's forward: gradients are averaged over processes in the last one
+    only.
+
+    In between they add up unreduced in fp32, which costs the memory of the unsharded gradients.
+    """
+    assert isinstance(model, FSDPModule), "sync_gradients needs a model from parallelize"
+    model.set_requires_gradient_sync(is_last)
+    model.set_is_last_backward(is_last)
+
+
+def drop_gathered(model: nn.Module) -> None:
+    """Frees weights that a forward left gathered.
+
+    Call it after changing weights outside the optimizer: a forward without a backward (validation,
+    sampling) leaves the root's gathered copy behind, and the next forward would use that one.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def write_full(param: Tensor, full: Tensor) -> None:
+    """Writes a full tensor, the same on every process, into a parameter or buffer that may be
+    sharded.
+
+    Raises: ValueError if the shapes differ. Nothing is sent: each process keeps its own part.
+    """
+    if param.shape != full.shape:
+        raise ValueError(f"shape {tuple(full.shape)} does not fit {tuple(param.shape)}")
+    if isinstance(param, DTensor):
+        part = distribute_tensor(
+            full.to(param.to_local().device, param.dtype),
+            param.device_mesh,
+            param.placements,
+            src_data_rank=None,
+        )
+        param.to_local().copy_(part.to_local())
+    else:
+        param.copy_(full)
+
+
+@torch.no_grad()
+def read_full(param: Tensor) -> Tensor:
+    """The full tensor of a parameter or buffer that may be sharded; all processes must call it."""
+    return param.full_tensor() if isinstance(param, DTensor) else param.detach().clone()
+
+
+@torch.no_grad()
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def materialize(model: nn.Module, device: torch.device) -> None:
+    """Gives a model built on the meta device memory on its real one, filled with NaN.
+
+    NaN, so that a weight which the initialization forgets shows in the first loss. All buffers must
+    be persistent, since nothing could recompute the others.
+    """
+    persistent = model.state_dict().keys()
+    for name, _ in model.named_buffers():
+        assert name in persistent, f"buffer {name} is not persistent: compute it in the forward"
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                local_part(tensor).fill_(float("nan"))

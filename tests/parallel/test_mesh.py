@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.processes import run_in_processes
+
+from longtake.parallel import ParallelConfig, build_mesh, start_distributed, stop_distributed
+from longtake.parallel.mesh import compute_dtype, resolve_degrees
+
+
+@pytest.mark.parametrize(
+    ("config", "world_size", "expected"),
+    [
+        (ParallelConfig(), 1, (1, 1)),
+        (ParallelConfig(), 6, (1, 6)),
+        (ParallelConfig(dp_replicate=2), 8, (2, 4)),
+        (ParallelConfig(dp_replicate=4, dp_shard=1), 4, (4, 1)),
+    ],
+)
+def test_degrees_fill_the_processes(config, world_size, expected):
+    assert resolve_degrees(config, world_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            ParallelConfig(dp_replicate=3, dp_shard=2),
+            r"dp_replicate=3 × dp_shard=2 must equal the 8",
+        ),
+        (ParallelConfig(dp_replicate=3), r"dp_replicate=3 must divide .* 1, 2, 4, 8"),
+        (ParallelConfig(dp_replicate=0), r"dp_replicate=0 must be at least 1"),
+        (ParallelConfig(dp_shard=-2), r"dp_shard=-2 must be at least 1, or -1"),
+        (ParallelConfig(sp=2), r"sp=2: sequence parallelism is not available yet"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_named(config, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_degrees(config, 8)
+
+
+def test_cuda_without_a_device_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="PyTorch sees no CUDA device"):
+        start_distributed("cuda")
+
+
+def test_compute_dtype_follows_the_device():
+    assert compute_dtype(ParallelConfig(), torch.device("cpu")) == torch.float32
+    assert compute_dtype(ParallelConfig(), torch.device("cuda")) == torch.bfloat16
+    assert compute_dtype(ParallelConfig(param_dtype="fp32"), torch.device("cuda")) == torch.float32
+
+
+def _lonely():
+    import os
+
+    for name in ("RANK", "WORLD_SIZE"):
+        del os.environ[name]
+    mesh = build_mesh(ParallelConfig(), start_distributed("cpu"))
+    stop_distributed()
+    stop_distributed()
+    return mesh.world_size, mesh.dp_rank, mesh.dp_size, mesh.is_first
+
+
+def test_one_process_needs_no_launcher():
+    assert run_in_processes(_lonely, 1) == [(1, 0, 1, True)]
