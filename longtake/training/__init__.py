@@ -1,0 +1,48 @@
+"""What the training loop needs: optimizer, schedule, EMA, checkpoints, metrics, throughput,
+stopping."""
+
+from longtake.training.checkpoint import (
+    CheckpointConfig,
+    Checkpointer,
+    load_weights_for_inference,
+)
+from longtake.training.checkpoint_folder import CheckpointError, latest
+from longtake.training.ema import Ema, EmaConfig
+from longtake.training.lock import FolderInUseError, hold_run_folder
+from longtake.training.metrics import MetricsConfig, MetricsLog, read_metrics
+from longtake.training.optimizer import (
+    OptimizerConfig,
+    SkippedUpdates,
+    apply_update,
+    build_optimizer,
+    clip_gradients,
+)
+from longtake.training.schedule import ScheduleConfig, learning_rate
+from longtake.training.stop import STOPPED_EXIT_CODE, StopRequest
+from longtake.training.throughput import Throughput, ThroughputMeter
+
+__all__ = [
+    "STOPPED_EXIT_CODE",
+    "CheckpointConfig",
+    "CheckpointError",
+    "Checkpointer",
+    "Ema",
+    "EmaConfig",
+    "FolderInUseError",
+    "MetricsConfig",
+    "MetricsLog",
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "SkippedUpdates",
+    "StopRequest",
+    "Throughput",
+    "ThroughputMeter",
+    "apply_update",
+    "build_optimizer",
+    "clip_gradients",
+    "hold_run_folder",
+    "latest",
+    "learning_rate",
+    "load_weights_for_inference",
+    "read_metrics",
+]
