@@ -279,7 +279,10 @@ def test_limits_hold(tmp_path: Path, steady: Path) -> None:
 
 def test_a_header_that_lies_about_its_size_is_bounded(tmp_path: Path) -> None:
     bomb = make_video(
-        tmp_path / "bomb.mkv", 1, size=(2048, 2048), frames_HWC=[np.zeros((2048, 2048, 3), np.uint8)]
+        tmp_path / "bomb.mkv",
+        1,
+        size=(2048, 2048),
+        frames_HWC=[np.zeros((2048, 2048, 3), np.uint8)],
     )
     assert bomb.stat().st_size < 20_000
     assert reason_of(bomb, num_frames=1, limits=MediaLimits(max_pixels=1 << 20)) == "too_large"
