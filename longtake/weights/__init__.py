@@ -14,24 +14,36 @@ from longtake.weights.export import (
     with_positions,
 )
 from longtake.weights.infer import Inferred, infer_config
-from longtake.weights.layouts import LAYOUTS, LayoutName, detect_layout
-from longtake.weights.load import config_of_file, load_model, load_public, stdit_from_pixart
+from longtake.weights.layouts import LAYOUTS, Layout, LayoutName, detect_layout
+from longtake.weights.load import (
+    CONFIG_KEY,
+    config_of_file,
+    config_to_json,
+    load_file,
+    load_model,
+    load_public,
+    stdit_from_pixart,
+)
 from longtake.weights.read import WeightsError, WeightsFile, read_state_dict, read_weights
 
 __all__ = [
+    "CONFIG_KEY",
     "LAYOUTS",
     "Account",
     "Inferred",
+    "Layout",
     "LayoutName",
     "LoadError",
     "Status",
     "WeightsError",
     "WeightsFile",
     "config_of_file",
+    "config_to_json",
     "detect_layout",
     "export_diffusers",
     "export_safetensors",
     "infer_config",
+    "load_file",
     "load_model",
     "load_public",
     "read_state_dict",

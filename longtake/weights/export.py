@@ -52,7 +52,7 @@ def export_safetensors(
         raise WeightsError(f"{path}: the name must end in .safetensors")
     if config is None and isinstance(source, nn.Module):
         config = getattr(source, "config", None)
-    header = {"format": "pt", "longtake.version": longtake.__version__, **(metadata or {})}
+    header = {**(metadata or {}), "format": "pt", "longtake.version": longtake.__version__}
     if config is not None:
         header[CONFIG_KEY] = config_to_json(config)
     return _write(_state_of(source), path, header, dtype, max_shard_bytes, overwrite)

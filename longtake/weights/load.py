@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from longtake.models import ModelConfig, build_model_from_config
 from longtake.models.positions import spatial_positions, temporal_positions
 from longtake.weights.account import Account, Entry, LoadError, Status
-from longtake.weights.infer import grid_of, infer_config, layout_of, scale_of
+from longtake.weights.infer import Inferred, grid_of, infer_config, layout_of, scale_of
 from longtake.weights.layouts import (
     LAYOUTS,
     Layout,
@@ -131,13 +131,28 @@ def load_model(
         wrong.
     """
     file = read_weights(path, wrapper=wrapper)
-    config, chosen, notes = config_of_file(file, layout=layout, num_heads=num_heads)
-    config = dataclasses.replace(config, **overrides)
+    return load_file(
+        file, layout=layout, num_heads=num_heads, device=device, dtype=dtype, **overrides
+    )
+
+
+def load_file(
+    file: WeightsFile,
+    *,
+    layout: LayoutName | Literal["auto"] = "auto",
+    num_heads: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    **overrides: Any,
+) -> tuple[nn.Module, Account]:
+    """`load_model` for weights that were read already; dtype None keeps the file's."""
+    inferred, chosen = config_of_file(file, layout=layout, num_heads=num_heads)
+    config = dataclasses.replace(inferred.config, **overrides)
     with torch.device("meta"):
         model = build_model_from_config(config)
-    model = model.to(dtype).to_empty(device=device)
+    model = model.to(dtype or _widest_dtype(file.state)).to_empty(device=device)
     account = _load(model, file.state, chosen, copy_full, new={}, is_fresh=True)
-    return model, dataclasses.replace(account, warnings=(*notes, *account.warnings))
+    return model, dataclasses.replace(account, warnings=(*inferred.notes, *account.warnings))
 
 
 def config_of_file(
@@ -145,8 +160,8 @@ def config_of_file(
     *,
     layout: LayoutName | Literal["auto"] = "auto",
     num_heads: int | None = None,
-) -> tuple[ModelConfig, Layout, tuple[str, ...]]:
-    """The model that a file is for, the file's layout, and what had to be assumed.
+) -> tuple[Inferred, Layout]:
+    """What a file says about its model, and the layout it is in.
 
     Raises:
         WeightsError: the layout is unknown or the config in the header is not one of ours.
@@ -154,10 +169,10 @@ def config_of_file(
     header = file.metadata.get(CONFIG_KEY)
     if header is not None:
         config = config_from_json(header)
-        return config, LAYOUTS[config.name], ()
+        return Inferred(config, (None, None, None)), LAYOUTS[config.name]
     chosen = layout_of(detect_layout(file.state) if layout == "auto" else layout)
     inferred = infer_config(file.state, chosen, diffusers_config=file.config, num_heads=num_heads)
-    return inferred.config, chosen, inferred.notes
+    return inferred, chosen
 
 
 def config_to_json(config: ModelConfig) -> str:
@@ -359,6 +374,14 @@ def _targets(model: nn.Module) -> dict[str, Tensor]:
         key.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", ""): value
         for key, value in state
     }
+
+
+def _widest_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype that holds every real tensor of a file without loss."""
+    widest = torch.float32
+    for number, dtype in enumerate({v.dtype for v in state.values() if v.is_floating_point()}):
+        widest = dtype if number == 0 else torch.promote_types(widest, dtype)
+    return widest
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

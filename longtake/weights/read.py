@@ -43,7 +43,7 @@ class WeightsFile:
 
     state: dict[str, Tensor]
     source: str
-    container: Literal["torch", "safetensors"]
+    container: Literal["torch", "safetensors", "run"]
     wrapper: str | None = None  # the dictionary inside the file that held the tensors
     beside: tuple[str, ...] = ()  # entries next to that dictionary, which were not read
     prefix: str = ""  # what was stripped from every name
