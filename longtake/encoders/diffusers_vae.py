@@ -107,8 +107,11 @@ class DiffusersVideoEncoder:
     def encode(self, pixels_BCTHW: Tensor) -> LatentStats:
         """Posterior mean and log-variance, un-normalized; of a deterministic class the latents."""
         check_pixels(pixels_BCTHW)
-        self.latent_shape(*pixels_BCTHW.shape[2:])
-        moments_BCTHW = self._in_slices(self._moments, pixels_BCTHW.to(self._vae.dtype))
+        num_frames, height, width = pixels_BCTHW.shape[2:]
+        self.latent_shape(num_frames, height, width)
+        moments_BCTHW = self._in_slices(
+            self._moments, pixels_BCTHW.to(self._vae.dtype), (num_frames, height, width)
+        )
         if self._traits.output != "latent_dist":
             return LatentStats(moments_BCTHW)
         mean_BCTHW, logvar_BCTHW = moments_BCTHW.chunk(2, dim=1)
@@ -122,7 +125,10 @@ class DiffusersVideoEncoder:
     def decode(self, latents_BCTHW: Tensor) -> Tensor:
         """Pixels, float32, clamped to [-1, 1]."""
         raw_BCTHW = latents_BCTHW.float() / self._scale_C111 + self._mean_C111
-        pixels_BCTHW = self._in_slices(self._pixels, raw_BCTHW.to(self._vae.dtype))
+        temporal, spatial, _ = self.downsample
+        latent_frames, height, width = raw_BCTHW.shape[2:]
+        clip = (1 + (latent_frames - 1) * temporal, height * spatial, width * spatial)
+        pixels_BCTHW = self._in_slices(self._pixels, raw_BCTHW.to(self._vae.dtype), clip)
         return pixels_BCTHW.float().clamp(-1, 1)
 
     def _moments(self, pixels: Tensor) -> Tensor:
@@ -139,19 +145,20 @@ class DiffusersVideoEncoder:
             return self._vae.decode(raw, temb=raw.new_zeros(raw.shape[0])).sample
         return self._vae.decode(raw).sample
 
-    def _in_slices(self, function: Callable[[Tensor], Tensor], x_BCTHW: Tensor) -> Tensor:
-        """The function over slices of at most `frames_per_call` frames, or of whole clips."""
-        batch, _, num_frames, height, width = x_BCTHW.shape
-        # Decoding counts its output's pixels: as many as encoding reads.
-        temporal, spatial, _ = self.downsample if function == self._pixels else (1, 1, 1)
-        at_once = self._frames_per_call or max(
-            1, _PIXELS_PER_CALL // (height * width * spatial * spatial)
-        )
+    def _in_slices(
+        self, function: Callable[[Tensor], Tensor], x_BCTHW: Tensor, clip: tuple[int, int, int]
+    ) -> Tensor:
+        """The function over slices of at most `frames_per_call` frames, or of whole clips.
+
+        `clip` is a clip's frames, height and width in pixels, whether they are read or made.
+        """
+        num_frames, height, width = clip
+        at_once = self._frames_per_call or max(1, _PIXELS_PER_CALL // (height * width))
         if self._traits.temporal is None:
             slices = rearrange(x_BCTHW, "b c t h w -> (b t) c h w").split(at_once)
             y_FCHW = torch.cat([function(part) for part in slices])
-            return rearrange(y_FCHW, "(b t) c h w -> b c t h w", b=batch)
-        clips_at_once = max(1, at_once // (num_frames * temporal))
+            return rearrange(y_FCHW, "(b t) c h w -> b c t h w", b=len(x_BCTHW))
+        clips_at_once = max(1, at_once // num_frames)
         return torch.cat([function(part) for part in x_BCTHW.split(clips_at_once)])
 
 

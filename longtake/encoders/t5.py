@@ -70,9 +70,17 @@ class T5Encoder:
         """Embeddings (B, max_tokens, channels) in the encoder's dtype, zero on padding; mask."""
         ids_BL, mask_BL = self._tokenize([normalize(text) for text in captions], self.max_tokens)
         device = self._model.device
-        ids_BL = ids_BL.to(device, non_blocking=True)
-        mask_BL = mask_BL.to(device, non_blocking=True)
-        embeds_BLK = self._model(input_ids=ids_BL, attention_mask=mask_BL.long()).last_hidden_state
+        return self._embed(
+            ids_BL.to(device, non_blocking=True), mask_BL.to(device, non_blocking=True)
+        )
+
+    def _embed(self, ids_BL: Tensor, mask_BL: Tensor) -> PromptEmbeds:
+        # An additive mask is used as it is. Given a boolean one, the library looks whether it is
+        # all true, and the host waits for the GPU.
+        dtype = self._model.dtype
+        bias_B11L = torch.zeros(mask_BL.shape, dtype=dtype, device=mask_BL.device)[:, None, None]
+        bias_B11L = bias_B11L.masked_fill(~mask_BL[:, None, None], torch.finfo(dtype).min)
+        embeds_BLK = self._model(input_ids=ids_BL, attention_mask=bias_B11L).last_hidden_state
         return PromptEmbeds(embeds_BLK * mask_BL[:, :, None], mask_BL)
 
 

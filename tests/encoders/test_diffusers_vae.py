@@ -197,6 +197,15 @@ def test_vae_shapes_follow_from_the_class_and_decoding_restores_them(
     assert float(restored.abs().max()) <= 1
 
 
+@pytest.mark.parametrize("class_name", TINY)
+def test_vae_never_looks_at_values_on_the_host(
+    class_name: str, load: Load, no_host_reads: Any
+) -> None:
+    encoder, pixels = load(class_name), _pixels(class_name, batch=1)
+    with no_host_reads:
+        encoder.decode(encoder.finish(encoder.encode(pixels)))
+
+
 def test_vae_single_images_pass_through_clip_classes(load: Load) -> None:
     for class_name in CLIP_CLASSES:
         encoder = load(class_name)

@@ -75,6 +75,15 @@ def test_t5_embeddings_of_real_tokens_do_not_see_the_padding(
         torch.testing.assert_close(embeds_LK[mask_L], own_LK, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", CLASSES)
+def test_t5_never_looks_at_values_on_the_host(kind: str, no_host_reads: Any) -> None:
+    encoder = _load(kind, "tiny", weights="random")
+    ids_BL, mask_BL = torch.ones(2, 8, dtype=torch.long), torch.arange(8) < torch.tensor([[8], [3]])
+    with no_host_reads, torch.no_grad():
+        prompt = encoder._embed(ids_BL, mask_BL)
+    assert prompt.embeds_BLK.shape == (2, 8, 64)
+
+
 def test_t5_cuts_long_captions_and_keeps_the_end_token(folders: dict[str, Path]) -> None:
     encoder = _load_pipeline("t5", folders, max_tokens=4)
     cut = encoder.encode(["a red car drives along the coast"])
