@@ -36,6 +36,7 @@ class PatchEmbed(nn.Module):
         frame_by_frame: bool,
     ) -> None:
         super().__init__()
+        self.in_channels = in_channels
         self.patch_size = patch_size
         if frame_by_frame:
             if patch_size[0] != 1:
@@ -56,7 +57,16 @@ class PatchEmbed(nn.Module):
         return frames, height, width
 
     def forward(self, latents_BCTHW: Tensor) -> Tensor:
-        """Tokens x_BTSD; latents are padded with zeros at their ends to whole patches."""
+        """Tokens x_BTSD; latents are padded with zeros at their ends to whole patches.
+
+        Raises:
+            ValueError: latents of another rank, or of other channels than the model's.
+        """
+        if latents_BCTHW.dim() != 5 or latents_BCTHW.shape[1] != self.in_channels:
+            raise ValueError(
+                f"latents have shape {tuple(latents_BCTHW.shape)}, but must be (batch, "
+                f"{self.in_channels} channels, frames, height, width); an image is one frame"
+            )
         pt, ph, pw = self.patch_size
         _, _, T, H, W = latents_BCTHW.shape
         if T % pt or H % ph or W % pw:

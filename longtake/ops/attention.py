@@ -60,10 +60,18 @@ def attention(
 
     key_mask_BL is True where a key may be attended. A batch element without any such key gets
     zeros, and zero gradients: an empty caption says nothing, and never NaN.
+
+    Raises:
+        ValueError: the mask is not boolean.
     """
     if backend == "auto":
         backend = choose_backend(q_BNAE, k_BLAE, masked=key_mask_BL is not None)
     if key_mask_BL is not None:
+        if key_mask_BL.dtype != torch.bool:
+            raise ValueError(
+                f"the key mask is {key_mask_BL.dtype}, but must be torch.bool, True on keys that "
+                f"may be attended: pass mask.bool()"
+            )
         # softmax over nothing is 0/0: let an empty row see all of its keys, with values of zero.
         has_key_B1 = key_mask_BL.any(dim=1, keepdim=True)
         v_BLAE = v_BLAE * has_key_B1[:, :, None, None]

@@ -32,7 +32,7 @@ def test_label_model_equals_formula(name, shape):
 
 def test_dit_without_sigma_predicts_input_channels():
     model = build_model("dit", "tiny", **SMALL, in_channels=6, learn_sigma=False)
-    out = model(torch.zeros(1, 6, 1, 4, 4), torch.zeros(1), labels_B=torch.zeros(1, dtype=int))
+    out = model(torch.zeros(1, 6, 1, 4, 4), torch.zeros(1), labels_B=torch.tensor([0]))
     assert out.shape == (1, 6, 1, 4, 4)
 
 
@@ -51,6 +51,13 @@ def test_latte_frames_meet_only_in_odd_blocks():
     labels_B = torch.tensor([1])
     frames = [model(latents[:, :, f : f + 1], t_B, labels_B=labels_B) for f in range(3)]
     torch.testing.assert_close(model(latents, t_B, labels_B=labels_B), torch.cat(frames, dim=2))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (1, 3, 1, 8, 8)], ids=["no_frames", "channels"])
+def test_latents_of_another_shape_are_refused(shape):
+    model = build_model("dit", "tiny", **SMALL)
+    with pytest.raises(ValueError, match=r"latents have shape .* must be \(batch, 4 channels, fr"):
+        model(torch.zeros(shape), torch.zeros(1), labels_B=torch.zeros(1, dtype=torch.int64))
 
 
 def test_frame_by_frame_model_refuses_patches_in_time():

@@ -85,6 +85,11 @@ def test_self_attention_reads_the_qkv_product_in_place():
     assert all(x.untyped_storage().data_ptr() == product.untyped_storage().data_ptr() for x in seen)
 
 
+def test_mask_of_integers_is_refused():
+    with pytest.raises(ValueError, match=r"torch.int64, but must be torch.bool.*mask.bool\(\)"):
+        attention(*random_qkv(), torch.ones(3, 7, dtype=torch.int64))
+
+
 def test_choice_on_cpu_is_sdpa():
     q, k, _ = random_qkv()
     assert choose_backend(q, k, masked=False) == "sdpa"
