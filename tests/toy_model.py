@@ -1,4 +1,4 @@
-"""A tiny transformer with what the parallel layer asks of a model: blocks, odd shapes and a buffer."""
+"""A tiny model with what the parallel layer asks for: blocks, odd shapes and a buffer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import torch
-from tests.processes import run_in_processes
 
 from longtake.parallel import (
     PeerError,
@@ -11,6 +10,7 @@ from longtake.parallel import (
     run_together,
     start_distributed,
 )
+from tests.processes import run_in_processes
 
 
 def _talk():

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.processes import run_in_processes
 
 from longtake.parallel import ParallelConfig, build_mesh, start_distributed, stop_distributed
 from longtake.parallel.mesh import compute_dtype, resolve_degrees
+from tests.processes import run_in_processes
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,10 @@
-"""Sharded, replicated, accumulated, checkpointed, compiled: always the loss and gradients of one process."""
+"""Sharded, replicated, accumulated, checkpointed, compiled: always the loss and gradients of one
+process."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tests.processes import run_in_processes
-from tests.toy_model import ToyModel, init_toy, toy_batch, toy_loss
 
 from longtake.parallel import (
     ParallelConfig,
@@ -20,6 +19,8 @@ from longtake.parallel import (
     sync_gradients,
     write_full,
 )
+from tests.processes import run_in_processes
+from tests.toy_model import ToyModel, init_toy, toy_batch, toy_loss
 
 LAYOUTS = {
     "one": (1, ParallelConfig()),
