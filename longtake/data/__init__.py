@@ -4,6 +4,7 @@ from longtake.data.batch import BadSample, Batch, TooManyBadSamples
 from longtake.data.clips import prepare_clips
 from longtake.data.config import DataConfig
 from longtake.data.files import MediaError
+from longtake.data.health import BucketHealth, ManifestHealth, SampleHealth, inspect_manifest
 from longtake.data.loader import (
     Loader,
     ValidationBatches,
@@ -13,7 +14,7 @@ from longtake.data.loader import (
 )
 from longtake.data.manifest import NO_LABEL, Manifest, ManifestError, Sample, read_manifest
 from longtake.data.stream import Bucket, LoaderState
-from longtake.data.transforms import to_unit_range
+from longtake.data.transforms import Fit, to_unit_range
 from longtake.data.video import MediaInfo, MediaLimits, probe, read_clip
 from longtake.data.workers import LoaderError
 from longtake.data.write import contact_sheet, write_image, write_video
@@ -23,20 +24,25 @@ __all__ = [
     "BadSample",
     "Batch",
     "Bucket",
+    "BucketHealth",
     "DataConfig",
+    "Fit",
     "Loader",
     "LoaderError",
     "LoaderState",
     "Manifest",
     "ManifestError",
+    "ManifestHealth",
     "MediaError",
     "MediaInfo",
     "MediaLimits",
     "Sample",
+    "SampleHealth",
     "TooManyBadSamples",
     "ValidationBatches",
     "build_loader",
     "contact_sheet",
+    "inspect_manifest",
     "open_manifest",
     "prepare_clips",
     "probe",

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from longtake.data.files import MediaError, open_regular
-from longtake.data.transforms import cover_size, scale_frame
+from longtake.data.transforms import Fit, fit_frame
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -22,10 +22,8 @@ def is_image(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).lower().endswith(IMAGE_SUFFIXES)
 
 
-def read_image(
-    path: str | os.PathLike[str], *, cover: tuple[int, int] | None = None, max_pixels: int
-) -> Tensor:
-    """Pixels uint8 (3, H, W), scaled until they just cover `cover` (height, width) if given.
+def read_image(path: str | os.PathLike[str], *, fit: Fit | None = None, max_pixels: int) -> Tensor:
+    """Pixels uint8 (3, H, W): the whole picture, or what `fit` asks for.
 
     Transparent parts become white, as browsers and captioners show them.
 
@@ -50,12 +48,15 @@ def read_image(
             text = f"cannot be read as an image ({type(error).__name__}: {error})"
             raise MediaError(path, "unreadable", text) from error
     pixels_HWC = np.asarray(rgb)
-    if cover is None:
+    if fit is None:
         return torch.from_numpy(pixels_HWC.copy()).permute(2, 0, 1)
-    height, width = cover_size(pixels_HWC.shape[:2], cover)
     # The scaler of the videos, so that both kinds of sample look alike to the model.
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels_HWC), format="rgb24")
-    return scale_frame(frame, height, width).permute(2, 0, 1)
+    try:
+        return fit_frame(frame, fit, shown=pixels_HWC.shape[:2])
+    except MemoryError as error:
+        text = f"more than memory is meant for: {error}"
+        raise MediaError(path, "too_large", text) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -22,7 +22,7 @@ from longtake.data.config import DataConfig
 from longtake.data.files import MediaError
 from longtake.data.manifest import Manifest, Sample
 from longtake.data.stream import Bucket, Pool, replacement, sample_at
-from longtake.data.transforms import crop, mirror
+from longtake.data.transforms import Fit, mirror
 from longtake.data.video import read_clip
 from longtake.randomness import SampleKeys, Stream
 
@@ -79,7 +79,7 @@ class Reader(Dataset):
                 fps=self.config.fps,
                 frame_interval=self.config.frame_interval,
                 position=position,
-                cover=(bucket.height, bucket.width),
+                fit=Fit(bucket.height, bucket.width, y, x),
                 limits=self.config.limits,
             )
         except MediaError as error:
@@ -87,7 +87,6 @@ class Reader(Dataset):
             raise MediaError(sample.path, error.reason, error.text) from error
         finally:
             self.doing[worker.id if worker else 0, 1] = -1
-        pixels_TCHW = crop(pixels_TCHW, bucket.height, bucket.width, y=y, x=x)
         if flip:
             pixels_TCHW = mirror(pixels_TCHW)
         return pixels_TCHW.permute(1, 0, 2, 3), sample

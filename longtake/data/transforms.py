@@ -11,6 +11,7 @@ Letters: T frames, C channels, H W height and width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import av
@@ -28,6 +29,9 @@ _ONE_THREAD: dict[str, Any] = (
     {"threads": 1} if tuple(map(int, av.__version__.split(".")[:1])) >= (17,) else {}
 )
 
+# How many times its target's pixels a scaled frame may have: panoramas yes, strips of a pixel no.
+_MAX_COVER = 64
+
 
 def cover_size(source: tuple[float, float], target: tuple[int, int]) -> tuple[int, int]:
     """(height, width) of `source` (height, width) scaled, aspect kept, to just cover `target`.
@@ -39,21 +43,54 @@ def cover_size(source: tuple[float, float], target: tuple[int, int]) -> tuple[in
     return max(target[0], round(source[0] * scale)), max(target[1], round(source[1] * scale))
 
 
+@dataclass(frozen=True)
+class Fit:
+    """The picture wanted of a frame: `height` x `width` cut out of it once scaled to cover that."""
+
+    height: int
+    width: int
+    y: float = 0.5
+    """Relative place of the cut in [0, 1]; 0.5 is the centre."""
+    x: float = 0.5
+
+
+def fit_frame(frame: av.VideoFrame, fit: Fit, *, shown: tuple[int, int], turns: int = 0) -> Tensor:
+    """The part of a decoded frame that `fit` asks for, RGB, uint8 (3, fit.height, fit.width).
+
+    `shown` is the frame's (height, width) as people see it: upright, square pixels; `turns` are
+    the counter-clockwise quarter turns that make it upright.
+
+    Raises:
+        MemoryError: a strip so thin that covering the picture would make it huge.
+    """
+    height, width = cover_size(shown, (fit.height, fit.width))
+    if height * width > _MAX_COVER * fit.height * fit.width:
+        raise MemoryError(f"{shown[1]}x{shown[0]} scaled to cover {fit.width}x{fit.height}")
+    # Scaled before it is turned: far fewer pixels to move.
+    pixels_CHW = scale_frame(frame, *((width, height) if turns % 2 else (height, width)))
+    return crop(upright(pixels_CHW, turns), fit.height, fit.width, y=fit.y, x=fit.x).contiguous()
+
+
 def scale_frame(frame: av.VideoFrame, height: int, width: int) -> Tensor:
-    """A decoded frame as RGB, uint8 (height, width, 3)."""
-    scaled = frame.to_ndarray(
+    """A decoded frame as RGB of another size, uint8 (3, height, width)."""
+    scaled_HWC = frame.to_ndarray(
         width=width, height=height, format="rgb24", interpolation=SCALING, **_ONE_THREAD
     )
-    return torch.from_numpy(np.ascontiguousarray(scaled))
+    return torch.from_numpy(np.ascontiguousarray(scaled_HWC)).permute(2, 0, 1)
 
 
-def crop(pixels_TCHW: Tensor, height: int, width: int, *, y: float, x: float) -> Tensor:
+def upright(pixels_CHW: Tensor, turns: int) -> Tensor:
+    """Turned counter-clockwise by `turns` quarters."""
+    return pixels_CHW.rot90(turns, (-2, -1)) if turns else pixels_CHW
+
+
+def crop(pixels_CHW: Tensor, height: int, width: int, *, y: float, x: float) -> Tensor:
     """The window of `height` x `width` at relative position y, x in [0, 1]; 0.5 is the centre."""
-    free_y, free_x = pixels_TCHW.shape[-2] - height, pixels_TCHW.shape[-1] - width
-    assert min(free_y, free_x) >= 0, f"{tuple(pixels_TCHW.shape)} is less than {height}x{width}"
+    free_y, free_x = pixels_CHW.shape[-2] - height, pixels_CHW.shape[-1] - width
+    assert min(free_y, free_x) >= 0, f"{tuple(pixels_CHW.shape)} is less than {height}x{width}"
     top = min(int(y * (free_y + 1)), free_y)
     left = min(int(x * (free_x + 1)), free_x)
-    return pixels_TCHW[..., top : top + height, left : left + width]
+    return pixels_CHW[..., top : top + height, left : left + width]
 
 
 def mirror(pixels_TCHW: Tensor) -> Tensor:

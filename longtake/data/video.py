@@ -26,7 +26,7 @@ from torch import Tensor
 
 from longtake.data.files import MediaError, open_regular
 from longtake.data.image import is_image, read_image
-from longtake.data.transforms import cover_size, scale_frame
+from longtake.data.transforms import Fit, fit_frame, scale_frame, upright
 
 # Media containers only. Playlists (HLS, DASH, ffconcat) would make FFmpeg open other files by name.
 _FORMATS = (
@@ -103,7 +103,7 @@ def read_clip(
     fps: float | None = None,
     frame_interval: int = 1,
     position: float = 0.0,
-    cover: tuple[int, int] | None = None,
+    fit: Fit | None = None,
     limits: MediaLimits = MediaLimits(),
 ) -> Tensor:
     """`num_frames` frames as pixels_TCHW, uint8 RGB, upright.
@@ -113,7 +113,7 @@ def read_clip(
         end: seconds where it ends (exclusive); None is the end of the file.
         fps: frames per second to resample to; None takes the video's own frames.
         position: in [0, 1); where in the usable range the clip lies, 0 at its beginning.
-        cover: (height, width) that the frames are scaled to just cover; None keeps their size.
+        fit: size and place of the picture to cut out of each frame; None takes whole frames.
 
     An image is a video of one frame.
 
@@ -124,21 +124,21 @@ def read_clip(
         if num_frames > 1:
             text = f"1 frame of the {num_frames} needed: it is an image"
             raise MediaError(path, "too_short", text)
-        return read_image(path, cover=cover, max_pixels=limits.max_pixels)[None]
+        return read_image(path, fit=fit, max_pixels=limits.max_pixels)[None]
     wanted = _Wanted(num_frames, start, end, fps, frame_interval)
     deadline = time.monotonic() + limits.max_seconds
     with _open_video(path, limits, deadline) as video:
         first = wanted.first_time(position, video)
-        frames = _collect(video, wanted, first, cover)
+        frames = _collect(video, wanted, first, fit)
     if len(frames) < num_frames and first > start:
         # The header promised more than there is: take the beginning of the range.
         with _open_video(path, limits, deadline) as video:
-            frames = _collect(video, wanted, start, cover)
+            frames = _collect(video, wanted, start, fit)
     if len(frames) < num_frames:
         until = "its end" if end is None else f"{end:g} s"
         text = f"{len(frames)} frames of the {num_frames} needed between {start:g} s and {until}"
         raise MediaError(path, "too_short", text)
-    return torch.stack(frames).permute(0, 3, 1, 2)
+    return torch.stack(frames)
 
 
 @dataclass(frozen=True)
@@ -208,19 +208,22 @@ class _Video:
     def _decode(self) -> Iterator[tuple[float, av.VideoFrame]]:
         gap = 1 / (self.rate or _USUAL_RATE)
         last = -gap
-        for count, frame in enumerate(self.container.decode(self.stream)):
+        count = 0
+        for packet in self.container.demux(self.stream):
+            # Looked at for each packet, as damaged ones may never become a frame.
             if time.monotonic() > self.deadline:
                 text = f"decoding took longer than max_seconds={self.limits.max_seconds:g}"
                 raise MediaError(self.path, "too_slow", text)
-            if count >= self.limits.max_decoded_frames:
-                limit = self.limits.max_decoded_frames
-                text = (
-                    f"more than max_decoded_frames={limit} to decode: key frames are too far apart"
-                )
-                raise MediaError(self.path, "too_large", text)
-            # A few raw streams carry no timestamps: count frames instead.
-            last = frame.time - self.origin if frame.time is not None else last + gap
-            yield last, frame
+            for frame in packet.decode():
+                assert isinstance(frame, av.VideoFrame)
+                count += 1
+                if count > self.limits.max_decoded_frames:
+                    limit = self.limits.max_decoded_frames
+                    text = f"more than max_decoded_frames={limit} to decode to get at the clip"
+                    raise MediaError(self.path, "too_large", text)
+                # A few raw streams carry no timestamps: count frames instead.
+                last = frame.time - self.origin if frame.time is not None else last + gap
+                yield last, frame
 
     def frame_end(self, at: float, frame: av.VideoFrame) -> float:
         """When the picture that appears at `at` leaves the screen, if no other replaces it."""
@@ -235,28 +238,25 @@ class _Video:
         width = round(frame.width * aspect) if 0.25 <= aspect <= 4 else frame.width
         return (width, frame.height) if _quarter_turns(frame) % 2 else (frame.height, width)
 
-    def picture(self, frame: av.VideoFrame, cover: tuple[int, int] | None) -> Tensor:
-        """The frame as shown, uint8 (H, W, 3)."""
+    def picture(self, frame: av.VideoFrame, fit: Fit | None) -> Tensor:
+        """The frame as shown, uint8 (3, H, W)."""
         if frame.is_corrupt:
             raise MediaError(self.path, "corrupt", "the decoder marks a frame as damaged")
         if frame.width * frame.height > self.limits.max_pixels:
             raise _too_many_pixels(self.path, frame.width, frame.height, self.limits)
-        size = self.upright_size(frame)
-        height, width = size if cover is None else cover_size(size, cover)
-        turns = _quarter_turns(frame)
-        # Scaled before it is turned: far fewer pixels to move.
-        pixels_HWC = scale_frame(frame, *((width, height) if turns % 2 else (height, width)))
-        return pixels_HWC.rot90(turns) if turns else pixels_HWC
+        shown, turns = self.upright_size(frame), _quarter_turns(frame)
+        if fit is not None:
+            return fit_frame(frame, fit, shown=shown, turns=turns)
+        height, width = shown[::-1] if turns % 2 else shown
+        return upright(scale_frame(frame, height, width), turns).contiguous()
 
 
-def _collect(
-    video: _Video, wanted: _Wanted, first: float, cover: tuple[int, int] | None
-) -> list[Tensor]:
-    """The pictures from `first` on, uint8 (H, W, 3); fewer than wanted if the range ends before."""
+def _collect(video: _Video, wanted: _Wanted, first: float, fit: Fit | None) -> list[Tensor]:
+    """The pictures from `first` on, uint8 (3, H, W); fewer than wanted if the range ends before."""
     select = _own_frames if wanted.fps is None else _resampled_frames
     pictures: list[Tensor] = []
     for frame, repeats in select(video, wanted, first):
-        picture = video.picture(frame, cover)
+        picture = video.picture(frame, fit)
         if pictures and pictures[0].shape != picture.shape:
             raise MediaError(video.path, "unsupported", "the frame size changes inside the clip")
         pictures.extend([picture] * repeats)
@@ -360,7 +360,7 @@ def _open_video(
     except MediaError:
         raise
     except MemoryError as error:
-        raise MediaError(path, "too_large", "decoding ran out of memory") from error
+        raise MediaError(path, "too_large", f"more than memory is meant for: {error}") from error
     except Exception as error:
         # Damaged files make PyAV raise IndexError, UnicodeDecodeError, EOFError and others besides
         # its own.

@@ -15,7 +15,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with five good videos of 24 frames, v0.mp4 ... v4.mp4, and `manifest.jsonl` listing them."""
+    """A folder with five videos of 24 frames, v0.mp4 ... v4.mp4, listed in `manifest.jsonl`."""
     folder = tmp_path_factory.mktemp("videos")
     for index in range(5):
         make_video(folder / f"v{index}.mp4", 24)

@@ -1,4 +1,4 @@
-"""Tiny media made on the fly: frame i of a video is plain grey 8 * i + 8, so pixels tell which it is."""
+"""Tiny media made on the fly: frame i of a video is plain grey 8 * i + 8, so pixels name it."""
 
 from __future__ import annotations
 

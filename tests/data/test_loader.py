@@ -193,7 +193,7 @@ def test_bad_samples_are_replaced_the_same_way_everywhere(spoilt: DataConfig) ->
     for (batch,) in whole:
         assert batch.pixels_BCTHW.shape[0] == 6
         assert set(batch.captions) <= {"v0.mp4", "v1.mp4", "v2.mp4"}
-        # Each epoch is one step here: all slots are there, and the three bad ones failed at least once.
+        # One step is one epoch here: all slots are there, and each bad sample failed in its own.
         assert sorted(batch.sample_ids_B.tolist()) == list(range(6))
         assert {(bad.path, bad.line, bad.reason) for bad in batch.bad} == {
             ("text.mp4", 2, "unreadable"),

@@ -66,7 +66,7 @@ def test_shares_cover_the_batch_in_order(size: int, micro_batches: int, count: i
 def test_a_batch_that_does_not_divide_names_those_that_do() -> None:
     with pytest.raises(ValueError, match=r"batch_size=10 .* 4 processes x 2 .*: use 8 or 16"):
         share(10, rank=0, size=4, micro_batches=2)
-    with pytest.raises(ValueError, match="use 8$"):
+    with pytest.raises(ValueError, match=r"use 8$"):
         share(3, rank=0, size=4, micro_batches=2)
 
 
@@ -137,10 +137,7 @@ def test_a_bucket_without_samples_says_why(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"path": "a.png"}, {"path": "b.jpg"}]
     rows.append({"path": "c.mp4", "num_frames": 3})
     manifest = read_manifest(write_jsonl(tmp_path / "m.jsonl", rows))
-    message = (
-        r"no sample of .*m.jsonl \(3 rows\) suits bucket 16x256x256: "
-        r"1 too short by its manifest entry, 2 an image|2 an image, 1 too short"
-    )
+    message = r"no sample of .* \(3 rows\) suits bucket 16x256x256: 2 an image, 1 too short by its"
     with pytest.raises(ValueError, match=message):
         eligible(manifest, Bucket(num_frames=16), fps=None, frame_interval=1)
 

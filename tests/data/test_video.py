@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from fractions import Fraction
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from longtake.data import MediaError, MediaLimits, probe, read_clip
+from longtake.data import Fit, MediaError, MediaLimits, probe, read_clip
 from tests.data.media import MAX_FRAMES, frame_numbers, make_video
 
 
@@ -170,9 +171,8 @@ def test_rotation_is_applied(
     assert corner_colours(clip[0]) == colours
     info = probe(path)
     assert (info.height, info.width) == size
-    assert read_clip(path, num_frames=1, cover=(32, 20)).shape[2:] == (
-        (32, 24) if size == (64, 48) else (32, 43)
-    )
+    half = Fit(size[0] // 2, size[1] // 2)
+    assert corner_colours(read_clip(path, num_frames=1, fit=half)[0]) == colours
 
 
 def test_pixels_that_are_not_square_become_square(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_pixels_that_are_not_square_become_square(tmp_path: Path) -> None:
 def test_odd_sizes_and_one_frame(tmp_path: Path) -> None:
     path = make_video(tmp_path / "odd.mp4", 1, size=(47, 63), pix_fmt="yuv444p")
     assert read_clip(path, num_frames=1).shape == (1, 3, 47, 63)
-    assert read_clip(path, num_frames=1, fps=24, cover=(33, 33)).shape == (1, 3, 33, 44)
+    assert read_clip(path, num_frames=1, fps=24, fit=Fit(33, 30)).shape == (1, 3, 33, 30)
     assert read_clip(path, num_frames=1, position=0.9).shape == (1, 3, 47, 63)
     with pytest.raises(MediaError, match="1 frames of the 2 needed"):
         read_clip(path, num_frames=2)
@@ -243,11 +243,11 @@ def test_damaged_files_never_raise_anything_else(tmp_path: Path, steady: Path) -
         places = generator.integers(0, len(data), 20)
         damaged[places] = generator.integers(0, 256, 20)
         path.write_bytes(damaged.tobytes()[: generator.integers(1, len(data))])
-        try:
+        # Any other exception fails the test.
+        with contextlib.suppress(MediaError):
             read_clip(path, num_frames=8, start=1.0)
+        with contextlib.suppress(MediaError):
             probe(path)
-        except MediaError as error:
-            assert error.text
 
 
 def test_a_file_without_pictures_is_named_so(tmp_path: Path) -> None:
