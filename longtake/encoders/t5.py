@@ -36,7 +36,7 @@ from longtake.encoders.public_configs import T5_CONFIGS
 from longtake.randomness import named_seed
 
 _CLASSES = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}
-_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 _PAD, _END = 0, 1  # As in every T5 vocabulary.
 
 
@@ -120,10 +120,9 @@ def load_t5(
         tokenizer_path or path,
         tokenizer_subfolder,
         revision,
-        # Random weights off-line: only a tokenizer that was asked for, or lies there, is real.
-        stand_in_vocabulary=model.config.vocab_size
-        if weights == "random" and not tokenizer_path
-        else None,
+        vocab_size=model.config.vocab_size,
+        # With random weights only a tokenizer that was asked for, or lies there, is a real one.
+        may_stand_in=weights == "random" and tokenizer_path is None,
     )
     return T5Encoder(
         model,
@@ -217,9 +216,11 @@ def _build_tokenizer(
     path: str,
     subfolder: str | None,
     revision: str | None,
-    stand_in_vocabulary: int | None,
+    *,
+    vocab_size: int,
+    may_stand_in: bool,
 ) -> tuple[Tokenize, str]:
-    """The tokenizer and its name; a stand-in only if a vocabulary size is given for it."""
+    """The tokenizer and its name for the provenance."""
     folder = Path(path).expanduser()
     folder = folder / subfolder if subfolder else folder
     if folder.is_dir():
@@ -228,18 +229,25 @@ def _build_tokenizer(
     else:
         name, there = path, False
         options = {"subfolder": subfolder or "", "revision": revision or "main"}
-    if stand_in_vocabulary and not there:
-        return HashedTokenizer(stand_in_vocabulary), "stand-in: hashes of words"
+    if may_stand_in and not there:
+        return HashedTokenizer(vocab_size), "stand-in: hashes of words"
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            name, trust_remote_code=False, **options
-        )
+        # UMT5 has the same class. Naming it, not "auto", leaves no way for a repository's own code.
+        tokenizer = transformers.T5Tokenizer.from_pretrained(name, **options)
+        # Where no file is found the library makes an empty vocabulary and says nothing.
+        if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, "▁"}:
+            raise ValueError("no tokenizer.json or spiece.model there")
     except LOAD_ERRORS as error:
         reason = " ".join(str(error).split())[:400]
         raise ValueError(
             f"cannot load a tokenizer from {name!r}: {reason}; set tokenizer_path (and "
             "tokenizer_subfolder) to where tokenizer.json or spiece.model lies"
         ) from error
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer in {name!r} has {len(tokenizer)} tokens, the encoder only {vocab_size} "
+            "embeddings: they do not belong together; set tokenizer_path"
+        )
 
     def tokenize(captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
         batch = tokenizer(

@@ -13,24 +13,15 @@ from longtake.encoders.public_configs import T5_CONFIGS
 from longtake.encoders.t5 import HashedTokenizer, normalize
 
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 
 CLASSES = {"t5": ("T5Config", "T5EncoderModel"), "umt5": ("UMT5Config", "UMT5EncoderModel")}
 WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "car", "drives", "along", "the", "coast"]
 
 
 def _save_tokenizer(folder: Path) -> None:
-    """A word-level tokenizer with T5's special tokens, closing every caption with </s>."""
-    vocabulary = {word: index for index, word in enumerate(WORDS)}
-    model = tokenizers.models.WordLevel(vocabulary, unk_token="<unk>")
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    """T5's tokenizer with a vocabulary of whole words; it closes every caption with </s>."""
+    pieces = [(word if index < 3 else f"▁{word}", 0.0) for index, word in enumerate(WORDS)]
+    transformers.T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +166,7 @@ def test_t5_stand_in_tokenizer_is_stable_and_ends_every_caption() -> None:
 
 
 def test_t5_refusals_say_what_to_do(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="t5 overflows in fp16: use dtype bf16 or fp32"):
         _load("t5", "tiny", weights="random", dtype="fp16")
@@ -187,6 +178,10 @@ def test_t5_refusals_say_what_to_do(
         _load("t5", "tiny", weights="random", max_tokens=0)
     with pytest.raises(ValueError, match=r"cannot load a tokenizer .* set tokenizer_path"):
         _load("t5", folders["t5"], subfolder="text_encoder")
+    pieces = [(word, 0.0) for word in [*WORDS[:3], *(f"▁{index}" for index in range(601))]]
+    transformers.T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has 604 tokens, the encoder only 512 .* tokenizer_path"):
+        _load_pipeline("t5", folders, tokenizer_path=str(tmp_path), tokenizer_subfolder=None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"cannot load T5EncoderModel .*--encoder-weights random"):
         _load("t5", "nobody/nothing")
