@@ -45,7 +45,7 @@ def name_problem(name: str, *, allow_outside_root: bool = False) -> str | None:
         return f"the path {name!a} has control or unprintable characters"
     if "\\" in name:
         return f"the path {name!r} has a backslash: use forward slashes"
-    if len(os.fsencode(name)) > 4096:
+    if len(name) > 4096:
         return f"the path is {len(name)} characters long, more than any file system takes"
     if not allow_outside_root and (name.startswith("/") or ".." in name.split("/")):
         return (

@@ -55,7 +55,7 @@ def read_image(path: str | os.PathLike[str], *, fit: Fit | None = None, max_pixe
     try:
         return fit_frame(frame, fit, shown=pixels_HWC.shape[:2])
     except MemoryError as error:
-        text = f"more than memory is meant for: {error}"
+        text = f"needs too much memory: {error}"
         raise MediaError(path, "too_large", text) from error
 
 

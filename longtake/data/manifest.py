@@ -24,7 +24,7 @@ from longtake.data.files import MediaError, locate, name_problem, open_regular
 TEXT_COLUMNS = ("path", "caption")
 INTEGER_COLUMNS = ("label", "num_frames", "height", "width")
 SECONDS_COLUMNS = ("start", "end", "duration", "fps")
-COLUMNS = TEXT_COLUMNS + INTEGER_COLUMNS + SECONDS_COLUMNS
+COLUMNS = frozenset(TEXT_COLUMNS + INTEGER_COLUMNS + SECONDS_COLUMNS)
 NO_LABEL = -1
 
 _MAX_LINE_BYTES = 1 << 20
@@ -135,20 +135,24 @@ def read_manifest(
     try:
         with open_regular(file) as opened:
             for line, row in reader(opened):
-                for name in TEXT_COLUMNS:
-                    texts[name].append(_text(name, row.get(name)))
+                for name, table in texts.items():
+                    table.append(_text(name, row.get(name)))
                 problem = name_problem(texts["path"][-1], allow_outside_root=allow_outside_root)
                 if problem is not None:
                     raise ValueError(problem)
-                for name in INTEGER_COLUMNS:
-                    integers[name].append(_integer(name, row.get(name)))
-                for name in SECONDS_COLUMNS:
-                    seconds[name].append(_number(name, row.get(name)))
+                for name, numbers in integers.items():
+                    value = row.get(name)
+                    numbers.append(-1 if value is None else _integer(name, value))
+                for name, times in seconds.items():
+                    value = row.get(name)
+                    times.append(math.nan if value is None else _number(name, value))
                 if seconds["end"][-1] <= max(0.0, seconds["start"][-1]):
                     begin, end = seconds["start"][-1], seconds["end"][-1]
                     raise ValueError(f"end={end:g} is not after start={begin:g} (seconds)")
                 lines.append(line)
-                ignored.update(dict.fromkeys(key for key in row if key not in COLUMNS))
+                for name in row:
+                    if name not in COLUMNS:
+                        ignored[name] = None
     except MediaError as error:
         raise ManifestError(f"manifest {error}") from error
     except _LineError as error:
@@ -250,8 +254,9 @@ def _read_parquet(file: BinaryIO) -> Iterator[tuple[int, Mapping[str, object]]]:
             for row in batch.to_pylist():
                 number += 1
                 yield number, {**row, **others}
-    except pyarrow.ArrowException as error:
-        raise _LineError(number + 1, f"not a valid Parquet file ({error})") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise _LineError(number + 1, f"not a valid Parquet file ({reason})") from error
 
 
 _READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
@@ -259,7 +264,9 @@ _READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 def _check_header(header: list[str]) -> None:
     if "path" not in header:
-        raise _LineError(1, f"no column 'path', only {_short(header)}; known: {', '.join(COLUMNS)}")
+        raise _LineError(
+            1, f"no column 'path', only {_short(header)}; known: {', '.join(sorted(COLUMNS))}"
+        )
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
         raise _LineError(1, f"column {repeated[0]!r} appears more than once")
@@ -285,7 +292,7 @@ def _text(name: str, value: object) -> str:
 
 def _number(name: str, value: object) -> float:
     """A finite number of at least 0; nan if not given."""
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if isinstance(value, str) and not value.strip():
         return math.nan
     try:
         if isinstance(value, bool):
@@ -313,7 +320,7 @@ def _integer(name: str, value: object) -> int:
         except ValueError:
             hint = ": number the classes 0, 1, 2, ..." if name == "label" else ""
             raise ValueError(f"{name}={value!r:.80} is not an integer{hint}") from None
-    elif value is None or (isinstance(value, float) and math.isnan(value)):
+    elif isinstance(value, float) and math.isnan(value):
         return -1
     elif isinstance(value, float) and value.is_integer():
         number = int(value)  # a nullable integer column that became floating point

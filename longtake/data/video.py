@@ -360,7 +360,9 @@ def _open_video(
     except MediaError:
         raise
     except MemoryError as error:
-        raise MediaError(path, "too_large", f"more than memory is meant for: {error}") from error
+        raise MediaError(
+            path, "too_large", f"needs too much memory: {error or 'allocation failed'}"
+        ) from error
     except Exception as error:
         # Damaged files make PyAV raise IndexError, UnicodeDecodeError, EOFError and others besides
         # its own.

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -107,6 +109,18 @@ def test_mistakes_are_named_with_their_line(
         read_manifest(tmp_path / name)
     assert name in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+def test_damaged_parquet_raises_nothing_else(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS * 20), tmp_path / "good.parquet")
+    good = np.frombuffer((tmp_path / "good.parquet").read_bytes(), np.uint8)
+    generator = np.random.default_rng(0)
+    for _ in range(100):
+        damaged = good.copy()
+        damaged[generator.integers(0, len(good), 4)] = generator.integers(0, 256, 4)
+        (tmp_path / "m.parquet").write_bytes(damaged.tobytes())
+        with contextlib.suppress(ManifestError):
+            read_manifest(tmp_path / "m.parquet")
 
 
 def test_other_encodings_are_named(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def test_replacements_try_everything_before_repeating() -> None:
     tried = [replacement(a, pool, seed=0, epoch=2, slot_id=11) for a in range(7)]
     assert sorted(tried) == pool.tolist()
     others = [replacement(a, pool, seed=0, epoch=2, slot_id=12) for a in range(7)]
-    assert others != tried
+    later = [replacement(a, pool, seed=0, epoch=3, slot_id=11) for a in range(7)]
+    assert others != tried != later
 
 
 @given(

@@ -212,6 +212,24 @@ def test_probe_tells_length_and_size(steady: Path) -> None:
     assert not info.is_image
 
 
+def test_timestamps_rounded_to_milliseconds_skip_no_frame(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "ms.mkv", 24, fps=30)
+    assert frame_numbers(read_clip(path, num_frames=24, fps=30)) == list(range(24))
+
+
+def test_playlists_open_no_other_file(
+    tmp_path: Path, steady: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(steady.parent)
+    playlist = tmp_path / "list.mp4"
+    playlist.write_text(f"ffconcat version 1.0\nfile {steady.name}\n")
+    import av
+
+    with open(playlist, "rb") as file, av.open(file) as container:
+        assert container.format.name == "concat", "FFmpeg itself would follow it"
+    assert reason_of(playlist) == "unreadable"
+
+
 def test_files_that_are_no_media_have_a_reason(tmp_path: Path, steady: Path) -> None:
     def made(name: str, content: bytes) -> Path:
         (tmp_path / name).write_bytes(content)
