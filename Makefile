@@ -27,7 +27,7 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.ready-dev
-	$(BIN)/mypy
+	$(BIN)/basedpyright
 
 $(VENV)/.ready-quickstart: $(VENV)/.ready-python pyproject.toml
 	$(INSTALL) -e '.[train]' --group clips
@@ -47,4 +47,4 @@ $(VENV)/.ready-python:
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache

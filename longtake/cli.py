@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 _COMMANDS = {
+    "clips": "put the quickstart's real clips and their manifests into a folder",
     "train": "train a model on a manifest of clips",
     "sample": "generate videos or images from a run's checkpoint",
     "convert": "read public weights strictly; write safetensors or diffusers' layout",

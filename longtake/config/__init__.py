@@ -1,0 +1,30 @@
+"""What a run is: composed dataclasses, named presets, files and dotted overrides."""
+
+from longtake.config.command_line import TrainCommand, parse_train, with_encoder_weights
+from longtake.config.files import dump_yaml, from_plain, load_yaml, to_plain
+from longtake.config.presets import PRESETS
+from longtake.config.run import (
+    RunConfig,
+    SamplingConfig,
+    TrainConfig,
+    ValidationConfig,
+    changes,
+    check_parts,
+)
+
+__all__ = [
+    "PRESETS",
+    "RunConfig",
+    "SamplingConfig",
+    "TrainCommand",
+    "TrainConfig",
+    "ValidationConfig",
+    "changes",
+    "check_parts",
+    "dump_yaml",
+    "from_plain",
+    "load_yaml",
+    "parse_train",
+    "to_plain",
+    "with_encoder_weights",
+]

@@ -87,7 +87,10 @@ def unpatchify(patches_BNP: Tensor, patch_size: tuple[int, int, int], like_BCTHW
     pt, ph, pw = patch_size
     sizes = {"t": -(-T // pt), "h": -(-H // ph), "p": pt, "q": ph, "r": pw}
     out_BCTHW = rearrange(patches_BNP, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", **sizes)
-    return out_BCTHW[:, :, :T, :H, :W].to(like_BCTHW.dtype)
+    if out_BCTHW.shape[2:] != like_BCTHW.shape[2:]:
+        # A copy: FSDP hooks a model's output and wants no view.
+        out_BCTHW = out_BCTHW[:, :, :T, :H, :W].clone()
+    return out_BCTHW.to(like_BCTHW.dtype)
 
 
 class TimestepEmbedder(nn.Module):

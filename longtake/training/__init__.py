@@ -17,6 +17,8 @@ from longtake.training.optimizer import (
     build_optimizer,
     clip_gradients,
 )
+from longtake.training.progress import ProgressBar
+from longtake.training.run_folder import RunFolder, environment
 from longtake.training.schedule import ScheduleConfig, learning_rate
 from longtake.training.stop import STOPPED_EXIT_CODE, StopRequest
 from longtake.training.throughput import Throughput, ThroughputMeter
@@ -32,6 +34,8 @@ __all__ = [
     "MetricsConfig",
     "MetricsLog",
     "OptimizerConfig",
+    "ProgressBar",
+    "RunFolder",
     "ScheduleConfig",
     "SkippedUpdates",
     "StopRequest",
@@ -40,6 +44,7 @@ __all__ = [
     "apply_update",
     "build_optimizer",
     "clip_gradients",
+    "environment",
     "hold_run_folder",
     "latest",
     "learning_rate",

@@ -1,0 +1,17 @@
+"""Where data, encoders, objective and model meet: from a batch to a loss, from noise to a video."""
+
+from longtake.pipeline.clips import write_clips
+from longtake.pipeline.generate import Request, generate
+from longtake.pipeline.inputs import Inputs, encode_batch
+from longtake.pipeline.loss import training_loss
+from longtake.pipeline.validate import validation_loss
+
+__all__ = [
+    "Inputs",
+    "Request",
+    "encode_batch",
+    "generate",
+    "training_loss",
+    "validation_loss",
+    "write_clips",
+]

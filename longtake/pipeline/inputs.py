@@ -1,0 +1,80 @@
+"""From a batch of pixels and captions to what the transformer sees: latents and a condition.
+
+Shape letters: B batch, C channels, T frames, H W height and width, L text tokens, K their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longtake.data import Batch, to_unit_range
+from longtake.encoders import TextEncoder, VideoEncoder
+from longtake.randomness import SampleKeys, Stream, normal
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One micro-batch, encoded."""
+
+    clean_BCTHW: Tensor  # normalized latents
+    condition: dict[str, Tensor]  # keyword arguments of the model
+    keys: SampleKeys  # what every further random draw of these samples is keyed by
+    pixel_size: tuple[int, int]  # height and width before encoding
+    weights_B: Tensor  # 1, or 0 for samples that only fill a batch
+
+
+@torch.no_grad()
+def encode_batch(
+    batch: Batch,
+    *,
+    video_encoder: VideoEncoder,
+    text_encoder: TextEncoder | None,
+    seed: int,
+    device: torch.device,
+    with_sizes: bool = False,
+) -> Inputs:
+    """Encode pixels and captions; the posterior noise belongs to the sample, like every other draw.
+
+    Without a text encoder the condition is the batch's labels. `with_sizes` adds what a model with
+    micro-conditioning wants.
+    """
+    captions = batch.captions
+    batch = batch.to(device)
+    keys = batch.keys(seed)
+    stats = video_encoder.encode(to_unit_range(batch.pixels_BCTHW))
+    noise_BCTHW = None
+    if stats.logvar_BCTHW is not None:
+        noise_BCTHW = normal(keys, Stream.POSTERIOR, tuple(stats.mean_BCTHW.shape[1:]))
+    if text_encoder is None:
+        condition = {"labels_B": batch.labels_B}
+    else:
+        condition = text_condition(text_encoder, captions)
+    height, width = batch.pixels_BCTHW.shape[-2:]
+    if with_sizes:
+        condition |= size_condition(len(captions), height, width, device)
+    return Inputs(
+        clean_BCTHW=video_encoder.finish(stats, noise_BCTHW),
+        condition=condition,
+        keys=keys,
+        pixel_size=(height, width),
+        weights_B=batch.weights_B,
+    )
+
+
+def text_condition(text_encoder: TextEncoder, captions: Sequence[str]) -> dict[str, Tensor]:
+    """The model's keyword arguments for captions: embeddings (B, L, K) and their mask (B, L)."""
+    prompt = text_encoder.encode(captions)
+    return {"prompt_embeds_BLK": prompt.embeds_BLK, "prompt_mask_BL": prompt.mask_BL}
+
+
+def size_condition(count: int, height: int, width: int, device: torch.device) -> dict[str, Tensor]:
+    """The keyword arguments of a model with micro-conditioning: pixels and height over width."""
+    size = torch.tensor([[height, width]], dtype=torch.float32, device=device)
+    return {
+        "image_size_B2": size.expand(count, 2),
+        "aspect_ratio_B": (size[:, 0] / size[:, 1]).expand(count),
+    }

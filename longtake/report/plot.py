@@ -1,0 +1,63 @@
+"""The loss plot of a run, from its metrics file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file, oldest first; a half-written last line is left out."""
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if not line.endswith("\n"):
+                break
+            records.append(json.loads(line))
+    return records
+
+
+def series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric, where it was logged with a finite value."""
+    points = [(r["step"], r[key]) for r in records if isinstance(r.get(key), (int, float))]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
+    """Draw training and held-out loss against the step, as PNG.
+
+    Raises: ImportError with the install command when matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            "drawing the loss plot needs matplotlib: pip install 'longtake[train]'"
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    steps, values = series(records, "train/loss")
+    axes.plot(steps, values, color="#9db4c8", linewidth=1.2, label="training (random timesteps)")
+    steps, values = series(records, "validation/loss")
+    if steps:
+        axes.plot(
+            steps,
+            values,
+            color="#c0392b",
+            linewidth=2,
+            marker="o",
+            markersize=3.5,
+            label="held-out (fixed timesteps and noise)",
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
