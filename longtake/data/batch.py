@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -75,19 +75,16 @@ class TooManyBadSamples(RuntimeError):
 
 
 def describe_bad(bad: Iterable[BadSample], *, per_reason: int = 20) -> str:
-    """The failed samples grouped by reason, most frequent first, as indented lines."""
+    """The failed samples, each once, grouped by reason, most frequent first, as indented lines."""
     groups: dict[str, dict[int, BadSample]] = defaultdict(dict)
-    reads: Counter[str] = Counter()
     for sample in bad:
         groups[sample.reason][sample.sample_id] = sample
-        reads[sample.reason] += 1
     lines = []
-    for reason, count in reads.most_common():
-        lines.append(f"  {reason}: {len(groups[reason])} samples, {count} reads")
-        shown = list(groups[reason].values())
-        lines += [f"    {sample}" for sample in shown[:per_reason]]
-        if len(shown) > per_reason:
-            lines.append(f"    ... and {len(shown) - per_reason} more")
+    for reason, samples in sorted(groups.items(), key=lambda item: -len(item[1])):
+        lines.append(f"  {reason}: {len(samples)} sample{'s' if len(samples) > 1 else ''}")
+        lines += [f"    {sample}" for sample in list(samples.values())[:per_reason]]
+        if len(samples) > per_reason:
+            lines.append(f"    ... and {len(samples) - per_reason} more")
     return "\n".join(lines)
 
 

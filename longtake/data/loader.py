@@ -86,16 +86,18 @@ class Loader:
         self.state = state
         self._config, self._shares, self._seed, self._pin_memory = config, shares, seed, pin_memory
         self._read = 0
-        self._bad: list[BadSample] = []
+        self._replaced = 0
+        self._bad: dict[int, BadSample] = {}
 
     @property
     def bad(self) -> list[BadSample]:
-        """Every sample that failed so far in this process, in order."""
-        return list(self._bad)
+        """The samples that failed so far in this process, each once, in order of first failure."""
+        return list(self._bad.values())
 
     @property
-    def samples_read(self) -> int:
-        return self._read
+    def num_replaced(self) -> int:
+        """How often a sample failed and another took its place."""
+        return self._replaced
 
     def __iter__(self) -> Iterator[list[Batch]]:
         reader = TrainingReader(self._config, self.manifest, self.pools, self._seed)
@@ -112,7 +114,9 @@ class Loader:
             yield micro_batches
 
     def _count(self, batch: Batch | Hopeless) -> None:
-        self._bad += batch.bad
+        self._replaced += len(batch.bad)
+        for sample in batch.bad:
+            self._bad.setdefault(sample.sample_id, sample)
         if isinstance(batch, Hopeless):
             bucket = self._config.buckets[batch.bucket]
             pool = len(self.pools[batch.bucket].ids)
@@ -122,13 +126,14 @@ class Loader:
                 batch.bad,
             )
         self._read += len(batch.captions)
-        fraction = len(self._bad) / (self._read + len(self._bad))
-        if self._read >= self._config.bad_grace and fraction > self._config.max_bad_fraction:
+        tries = self._read + self._replaced
+        fraction, allowed = self._replaced / tries, self._config.max_bad_fraction
+        if self._read >= self._config.bad_grace and fraction > allowed:
             raise TooManyBadSamples(
-                f"{len(self._bad)} of {self._read + len(self._bad)} samples read could not be used "
-                f"({fraction:.1%}), more than max_bad_fraction={self._config.max_bad_fraction}: "
-                "repair or remove them (`longtake doctor --manifest` lists them all)",
-                self._bad,
+                f"{self._replaced} of {tries} samples read could not be used ({fraction:.1%}), "
+                f"more than max_bad_fraction={allowed:g}: repair them or take them out of "
+                f"{self.manifest.file} (`longtake doctor --manifest` lists them all)",
+                self.bad,
             )
 
 

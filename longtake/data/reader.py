@@ -93,6 +93,8 @@ class Reader(Dataset):
 
 
 class TrainingReader(Reader):
+    """Reads the endless stream; a sample that fails is replaced by another of its pool."""
+
     def __init__(
         self, config: DataConfig, manifest: Manifest, pools: list[Pool], seed: int
     ) -> None:
@@ -164,6 +166,8 @@ class TrainingReader(Reader):
 
 
 class ValidationReader(Reader):
+    """Reads a fixed list; a sample that fails, and padding behind the list, gets weight 0."""
+
     def __init__(self, config: DataConfig, manifest: Manifest, ids: np.ndarray) -> None:
         super().__init__(config, manifest)
         self.ids = ids
@@ -180,8 +184,7 @@ class ValidationReader(Reader):
         bad: list[BadSample] = []
         for k in range(request.count):
             place = request.first + k
-            # Padding repeats the last sample's caption and label, so that encoders see ordinary
-            # input.
+            # Padding repeats the last caption and label, so that encoders see ordinary input.
             ids_B[k] = sample_id = int(self.ids[min(place, len(self.ids) - 1)])
             sample = self.manifest[sample_id]
             captions[k], labels_B[k] = sample.caption, sample.label

@@ -33,11 +33,9 @@ _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegps,mpegts,mpegvideo,ogg,gif,flv,asf,"
     "h264,hevc,ivf"
 )
-# Seconds. Matroska rounds timestamps to milliseconds: a frame may claim to start half of one too
-# late.
+# Seconds. Matroska rounds timestamps to milliseconds: a frame may claim to start half a one late.
 _TIME_SLACK = 0.6e-3
-# Seconds. Containers index key frames by decoding time, which lies a few frames before
-# presentation.
+# Seconds. Containers index key frames by decoding time, a few frames before presentation.
 _SEEK_MARGIN = 0.25
 # Frames per second, for streams that do not say.
 _USUAL_RATE = 25.0
@@ -69,11 +67,7 @@ class MediaInfo:
     """Seconds."""
 
 
-def probe(
-    path: str | os.PathLike[str],
-    *,
-    limits: MediaLimits = MediaLimits(),
-) -> MediaInfo:
+def probe(path: str | os.PathLike[str], *, limits: MediaLimits = MediaLimits()) -> MediaInfo:
     """Size, length and rate of a file; decodes its first frame.
 
     Raises:
@@ -337,8 +331,7 @@ def _open_video(
             if context.width * context.height > limits.max_pixels:
                 raise _too_many_pixels(path, context.width, context.height, limits)
             context.options = decoder_options
-            # Workers are the parallelism; FFmpeg's frame threads have also been seen to hang in
-            # them.
+            # Workers are the parallelism; FFmpeg's frame threads have also been seen to hang there.
             context.thread_count = 1
             rate = stream.average_rate or stream.guessed_rate
             tick = stream.time_base
@@ -364,8 +357,7 @@ def _open_video(
             path, "too_large", f"needs too much memory: {error or 'allocation failed'}"
         ) from error
     except Exception as error:
-        # Damaged files make PyAV raise IndexError, UnicodeDecodeError, EOFError and others besides
-        # its own.
+        # Damaged files make PyAV raise IndexError, UnicodeDecodeError, EOFError and others, too.
         text = f"cannot be decoded ({type(error).__name__}: {_first_line(error)})"
         raise MediaError(path, "unreadable", text) from error
 
@@ -391,4 +383,6 @@ def _too_many_pixels(
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0][:200]
+    # The system's words without the number and the name of the file object that PyAV adds.
+    text = getattr(error, "strerror", None) or str(error)
+    return text.split("\n")[0][:200]

@@ -209,12 +209,13 @@ def test_too_many_bad_samples_stop_the_run_with_the_list(spoilt: DataConfig) -> 
     text = str(caught.value)
     assert "more than max_bad_fraction=0.2" in text
     for part in (
-        "missing: 1 samples",
+        "missing: 1 sample\n",
         "absent.mp4 (line 6): no such file",
         "2 frames of the 4 need",
     ):
         assert part in text
     assert {bad.path for bad in caught.value.bad} == {"text.mp4", "short.mp4", "absent.mp4"}
+    assert len(caught.value.bad) == 3, "each is listed once"
     # The grace keeps a single unlucky batch from ending the run.
     take(dataclasses.replace(config, bad_grace=1000), 3)
 

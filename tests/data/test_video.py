@@ -220,8 +220,9 @@ def test_timestamps_rounded_to_milliseconds_skip_no_frame(tmp_path: Path) -> Non
 def test_playlists_open_no_other_file(
     tmp_path: Path, steady: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(steady.parent)
+    monkeypatch.chdir(tmp_path)  # names in a playlist count from here
     playlist = tmp_path / "list.mp4"
+    os.link(steady, tmp_path / steady.name)
     playlist.write_text(f"ffconcat version 1.0\nfile {steady.name}\n")
     import av
 
