@@ -1,9 +1,12 @@
 """Weights in and out: public checkpoints are read strictly, key by key, and written for others.
 
-from longtake.weights import load_model
-model, account = load_model("DiT-XL-2-256x256.pt")
-print(account)
-out_BCTHW = model(latents_BCTHW, t_B, labels_B=labels_B)
+    from longtake.models import build_model
+    from longtake.weights import load_public, read_state_dict
+    model = build_model("stdit", "XL", space_scale=0.5)
+    print(load_public(model, read_state_dict("OpenSora-v1-HQ-16x256x256.pth")))
+    out_BCTHW = model(latents_BCTHW, t_B, prompt_embeds_BLK=embeds_BLK, prompt_mask_BL=mask_BL)
+
+`load_model(path)` finds name, size and positions by itself.
 """
 
 from longtake.weights.account import Account, LoadError, Status

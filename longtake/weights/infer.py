@@ -55,7 +55,8 @@ def infer_config(
             f"{in_channels} or {2 * in_channels} (learned variance)"
         )
     known = dict(diffusers_config or {})
-    heads = num_heads or known.get("num_attention_heads") or _heads(shapes, hidden, notes)
+    heads = _positive(known, "num_attention_heads", int) if num_heads is None else num_heads
+    heads = _heads(shapes, hidden, notes) if heads is None else int(heads)
     grid, settings = _read_positions(state, layout)
     if layout.rules:
         grid, settings = _diffusers_positions(known, layout, patch, notes)
@@ -147,7 +148,7 @@ def _read_positions(
     settings: dict[str, Any] = {}
     for key, kind in layout.positions.items():
         table = state.get(key)
-        if table is None or table.dim() != 3 or table.shape[1] < 1:
+        if table is None or not is_position_table(table):
             continue
         if kind == "time":
             frames = table.shape[1]
@@ -161,6 +162,11 @@ def _read_positions(
                 # PixArt stretches other sizes to the grid that it was trained on.
                 settings["base_size"] = height
     return (frames, height, width), settings
+
+
+def is_position_table(table: Tensor) -> bool:
+    """Whether a buffer has the form of a table of positions: real, 1 x N x D."""
+    return table.dim() == 3 and len(table) == 1 and table.numel() > 0 and table.is_floating_point()
 
 
 def grid_of(table_SD: Tensor) -> tuple[int, int]:
@@ -179,9 +185,9 @@ def scale_of(table_ND: Tensor) -> float | None:
     The sine and cosine of the first frequency, 1, give the distance to the second position but for
     whole turns; those of a frequency near 0.1 count the turns. None if the table does not tell.
     """
-    if len(table_ND) < 2:
-        return None
     half = table_ND.shape[1] // 2
+    if len(table_ND) < 2 or half < 1 or not table_ND[1].isfinite().all():
+        return None
     sin_F, cos_F = table_ND[1, :half].tolist(), table_ND[1, half:].tolist()
     slow = half // 4
     coarse = math.atan2(sin_F[slow], cos_F[slow]) * 10_000 ** (slow / half)
@@ -201,15 +207,24 @@ def scale_of(table_ND: Tensor) -> float | None:
 def _diffusers_positions(
     known: Mapping[str, Any], layout: Layout, patch: tuple[int, int, int], notes: list[str]
 ) -> tuple[tuple[int | None, int | None, int | None], dict[str, Any]]:
-    sample_size = known.get("sample_size")
-    if not isinstance(sample_size, int):
+    sample_size = _positive(known, "sample_size", int)
+    if sample_size is None:
         notes.append("no config.json: space_scale=1 and no base_size are assumed")
         return (None, None, None), {}
-    side = sample_size // patch[1]
+    side = int(sample_size) // patch[1]
     scale = 1.0
     if layout.name == "diffusers-pixart":
-        scale = float(known.get("interpolation_scale") or max(sample_size // 64, 1))
+        given = _positive(known, "interpolation_scale", int, float)
+        scale = float(max(sample_size // 64, 1) if given is None else given)
     return (None, side, side), {"space_scale": scale, "base_size": side}
+
+
+def _positive(known: Mapping[str, Any], key: str, *kinds: type) -> float | None:
+    """A number of diffusers' config.json, None if it is not there."""
+    value = known.get(key)
+    if value is None or (type(value) in kinds and 0 < value < math.inf):
+        return value
+    raise WeightsError(f"config.json has {key}={value!r}, expected a positive number")
 
 
 def _diffusers_differences(known: Mapping[str, Any], layout: Layout) -> list[str]:

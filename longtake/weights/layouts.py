@@ -72,7 +72,7 @@ class Piece:
         first = state[self.sources[0]].shape
         if self.how != "join" or not first:
             return first
-        rows = sum(state[source].shape[0] for source in self.sources)
+        rows = sum(len(state[source]) if state[source].dim() else 0 for source in self.sources)
         return torch.Size((rows, *first[1:]))
 
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
@@ -284,9 +284,9 @@ def rename_for(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def num_blocks(state: Iterable[str]) -> int:
-    """The number of blocks that the keys speak of."""
+    """How many different blocks the keys name; a stray high number does not make a deep model."""
     found = (re.match(r"(?:transformer_)?blocks\.(\d{1,4})\.", key) for key in state)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+    return len({match[1] for match in found if match})
 
 
 def _expand(rules: tuple[Rule, ...], depth: int) -> Iterable[Piece]:
@@ -305,7 +305,7 @@ def _expand(rules: tuple[Rule, ...], depth: int) -> Iterable[Piece]:
 def _check_copies(piece: Piece, state: Mapping[str, Tensor]) -> None:
     first = state[piece.sources[0]]
     for source in piece.sources[1:]:
-        if not torch.equal(first, state[source]):
+        if first.dtype != state[source].dtype or not torch.equal(first, state[source]):
             raise WeightsError(
                 f"{source} differs from {piece.sources[0]}: the model has one such tensor for all "
                 "blocks, so blocks that were trained apart cannot be expressed"

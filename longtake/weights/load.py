@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +24,14 @@ from torch import Tensor, nn
 from longtake.models import ModelConfig, build_model_from_config
 from longtake.models.positions import spatial_positions, temporal_positions
 from longtake.weights.account import Account, Entry, LoadError, Status
-from longtake.weights.infer import Inferred, grid_of, infer_config, layout_of, scale_of
+from longtake.weights.infer import (
+    Inferred,
+    grid_of,
+    infer_config,
+    is_position_table,
+    layout_of,
+    scale_of,
+)
 from longtake.weights.layouts import (
     LAYOUTS,
     Layout,
@@ -30,6 +39,7 @@ from longtake.weights.layouts import (
     Piece,
     detect_layout,
     find_pieces,
+    num_blocks,
 )
 from longtake.weights.read import WeightsError, WeightsFile, read_weights
 
@@ -73,7 +83,9 @@ def load_public(
         WeightsError: the layout is unknown or belongs to another model.
     """
     chosen = _choose_layout(model, state, layout)
-    return _load(model, state, chosen, write, new={})
+    account, pieces = _explain(model, state, chosen)
+    _fill(model, state, pieces, write, zero=lambda key: False)
+    return account
 
 
 def stdit_from_pixart(
@@ -102,11 +114,8 @@ def stdit_from_pixart(
         for key in _targets(model)
         if ".attn_temp." in key
     }
-    account = _load(model, state, layout, write, new=new)
-    with torch.no_grad():
-        for key, target in _targets(model).items():
-            if ".attn_temp.proj." in key:
-                write(target, torch.zeros(target.shape, dtype=target.dtype))
+    account, pieces = _explain(model, state, layout, new=new)
+    _fill(model, state, pieces, write, zero=lambda key: ".attn_temp.proj." in key)
     return account
 
 
@@ -148,10 +157,17 @@ def load_file(
     """`load_model` for weights that were read already; dtype None keeps the file's."""
     inferred, chosen = config_of_file(file, layout=layout, num_heads=num_heads)
     config = dataclasses.replace(inferred.config, **overrides)
-    with torch.device("meta"):
-        model = build_model_from_config(config)
-    model = model.to(dtype or _widest_dtype(file.state)).to_empty(device=device)
-    account = _load(model, file.state, chosen, copy_full, new={}, is_fresh=True)
+    try:
+        with torch.device("meta"):
+            model = build_model_from_config(config)
+    except (RuntimeError, ArithmeticError, TypeError) as error:
+        raise WeightsError(f"{file.source}: no model has this config: {config}") from error
+    weights = [value for key, value in file.state.items() if key not in chosen.positions]
+    model = model.to(dtype or _widest_dtype(weights))
+    # Memory is allocated only for a model that the file fills.
+    account, pieces = _explain(model, file.state, chosen, without="zeros are put there")
+    model = model.to_empty(device=device)
+    _fill(model, file.state, pieces, copy_full, zero=lambda key: True)
     return model, dataclasses.replace(account, warnings=(*inferred.notes, *account.warnings))
 
 
@@ -168,7 +184,9 @@ def config_of_file(
     """
     header = file.metadata.get(CONFIG_KEY)
     if header is not None:
-        config = config_from_json(header)
+        config, depth = config_from_json(header), num_blocks(file.state)
+        if config.dimensions.depth != depth:
+            raise WeightsError(f"{file.source}: {depth} blocks, but the header says {config}")
         return Inferred(config, (None, None, None)), LAYOUTS[config.name]
     chosen = layout_of(detect_layout(file.state) if layout == "auto" else layout)
     inferred = infer_config(file.state, chosen, diffusers_config=file.config, num_heads=num_heads)
@@ -191,25 +209,42 @@ def config_from_json(text: str) -> ModelConfig:
         values["patch_size"] = tuple(values["patch_size"])
         config = ModelConfig(**values)
         config.dimensions  # noqa: B018  (an unknown size name fails here)
+        is_known = config.name in LAYOUTS
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise WeightsError(f"the header's {CONFIG_KEY} is not a model config: {error}") from error
-    if config.name not in LAYOUTS:
+    if not is_known:
         raise WeightsError(f"the header's {CONFIG_KEY} names an unknown model '{config.name}'")
+    if [type(size) for size in config.patch_size] != [int] * 3 or min(config.patch_size) < 1:
+        raise WeightsError(f"the header's {CONFIG_KEY} has patch_size={config.patch_size}")
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), field.default
+        kinds = {int, type(None)} if default is None else {type(default)}
+        is_number = isinstance(default, float) and type(value) is int
+        is_finite = not isinstance(value, float) or math.isfinite(value)
+        if not (type(value) in kinds or is_number) or not is_finite:
+            raise WeightsError(f"the header's {CONFIG_KEY} has {field.name}={value!r}")
     return config
 
 
 # ------------------------------------------------------------------------------------ the account
 
 
-def _load(
+def _explain(
     model: nn.Module,
     state: Mapping[str, Tensor],
     layout: Layout,
-    write: Write,
     *,
-    new: Mapping[str, str],
-    is_fresh: bool = False,
-) -> Account:
+    new: Mapping[str, str] | None = None,
+    without: str = "the model keeps its own",
+) -> tuple[Account, dict[str, Piece]]:
+    """The account of a load still to happen, and the piece for each of the model's tensors.
+
+    `new` gives a reason for tensors that the file rightly lacks; `without` says what becomes of
+    those that its layout cannot hold. Only names, shapes and dtypes of the model are looked at.
+
+    Raises:
+        LoadError: something is missing, unexpected or mismatched.
+    """
     targets = _targets(model)
     pieces, unexplained = find_pieces(layout, state)
     by_target = {piece.target: piece for piece in pieces}
@@ -217,11 +252,10 @@ def _load(
     for key, target in targets.items():
         if key in by_target:
             entries.append(_meet(by_target[key], state, target))
-        elif key in new:
+        elif new and key in new:
             entries.append(Entry(Status.NEW, key, reason=new[key]))
         elif key in layout.without:
-            kept = "zeros are put there" if is_fresh else "the model keeps its own"
-            entries.append(Entry(Status.NEW, key, reason=f"{layout.without[key]}: {kept}"))
+            entries.append(Entry(Status.NEW, key, reason=f"{layout.without[key]}: {without}"))
         else:
             entries.append(Entry(Status.MISSING, key))
     surplus = [key for piece in pieces if piece.target not in targets for key in piece.sources]
@@ -235,15 +269,25 @@ def _load(
     account = Account(layout.name, tuple(entries), tuple(warnings))
     if account.failures:
         raise LoadError(account)
+    return account, by_target
 
-    with torch.no_grad():
-        for key, target in targets.items():
-            if key in by_target:
-                write(target, _fitted(by_target[key].read(state), target.shape))
-            elif is_fresh:
-                # Memory of a model that was only just allocated holds no initial value to keep.
-                write(target, torch.zeros(target.shape, dtype=target.dtype))
-    return account
+
+@torch.no_grad()
+def _fill(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    pieces: Mapping[str, Piece],
+    write: Write,
+    *,
+    zero: Callable[[str], bool],
+) -> None:
+    """Writes every piece, and zeros into those of the other tensors that `zero` names."""
+    for key, target in _targets(model).items():
+        if key in pieces:
+            value = pieces[key].read(state)
+            write(target, value if value.shape == target.shape else value.reshape(target.shape))
+        elif zero(key):
+            write(target, torch.zeros(target.shape, dtype=target.dtype))
 
 
 def _meet(piece: Piece, state: Mapping[str, Tensor], target: Tensor) -> Entry:
@@ -252,9 +296,10 @@ def _meet(piece: Piece, state: Mapping[str, Tensor], target: Tensor) -> Entry:
     dtype = _dtype_name(first.dtype)
     if first.dtype != target.dtype:
         dtype += f" → {_dtype_name(target.dtype)}"
-    if any(state[source].shape[1:] != first.shape[1:] for source in piece.sources):
+    parts = [state[source] for source in piece.sources]
+    if any(part.dim() != first.dim() or part.shape[1:] != first.shape[1:] for part in parts):
         return Entry(Status.MISMATCHED, piece.target, piece.sources, "parts of different widths")
-    if first.dtype.is_floating_point != target.dtype.is_floating_point:
+    if any(part.is_floating_point() != target.is_floating_point() for part in parts):
         return Entry(
             Status.MISMATCHED, piece.target, piece.sources, "not the kind of number", dtype
         )
@@ -288,10 +333,6 @@ def _how_to_fit(shape: torch.Size, wanted: torch.Size) -> str | None:
     return None
 
 
-def _fitted(value: Tensor, shape: torch.Size) -> Tensor:
-    return value if value.shape == shape else value.reshape(shape)
-
-
 def _with_hints(entries: list[Entry]) -> list[Entry]:
     """Adds to each missing or unexpected key the nearest one on the other side."""
     missing = [e.target for e in entries if e.status is Status.MISSING and e.target]
@@ -318,8 +359,9 @@ def _compare_positions(
 ) -> tuple[Entry, list[str]]:
     """A stored position buffer beside what the model computes for the same grid."""
     hidden = config.dimensions.hidden_size
-    if table.dim() != 3 or table.shape[0] != 1 or table.shape[2] != hidden:
-        reason = f"{_x(table.shape)} is no table of positions 1xNx{hidden}"
+    if not is_position_table(table) or table.shape[2] != hidden:
+        found = f"{_dtype_name(table.dtype)} {_x(table.shape)}"
+        reason = f"{found} is no table of real positions 1xNx{hidden}"
         return Entry(Status.MISMATCHED, None, (key,), reason), []
     stored_ND = table[0].float()
     if kind == "time":
@@ -376,12 +418,10 @@ def _targets(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _widest_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype that holds every real tensor of a file without loss."""
-    widest = torch.float32
-    for number, dtype in enumerate({v.dtype for v in state.values() if v.is_floating_point()}):
-        widest = dtype if number == 0 else torch.promote_types(widest, dtype)
-    return widest
+def _widest_dtype(weights: list[Tensor]) -> torch.dtype:
+    """The dtype that holds all of these without loss."""
+    dtypes = {weight.dtype for weight in weights if weight.is_floating_point()}
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -10,6 +10,8 @@ from longtake.weights import (
     LoadError,
     Status,
     WeightsError,
+    WeightsFile,
+    load_file,
     load_model,
     load_public,
     stdit_from_pixart,
@@ -243,3 +245,32 @@ def test_headers_that_are_no_config_are_refused(tmp_path, public_state):
         save_file(public_state("dit"), path, metadata={"longtake.config": header})
         with pytest.raises(WeightsError, match=r"longtake\.config"):
             load_model(path)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [torch.Tensor.long, torch.Tensor.flatten, lambda v: v[:0], lambda v: v[..., :1]],
+    ids=["integers", "flat", "empty", "narrow"],
+)
+@pytest.mark.parametrize(
+    "key", ["pos_embed", "blocks.1.attn.qkv.weight", "x_embedder.proj.weight", "t_block.1.weight"]
+)
+def test_spoiled_tensors_are_wrong_weights_not_crashes(public_state, spoil, key):
+    state = public_state("pixart")
+    state[key] = spoil(state[key])
+    with pytest.raises(WeightsError):
+        load_file(WeightsFile(state, "spoiled", "torch"))
+
+
+def test_positions_that_are_no_numbers_are_reported(public_state):
+    state = public_state("pixart")
+    state["pos_embed"].fill_(float("nan"))
+    _, account = load_file(WeightsFile(state, "spoiled", "torch"), num_heads=2)
+    assert "pos_embed differs by nan" in account.warnings[-1]
+
+
+def test_a_stray_block_number_does_not_build_a_deep_model(public_state):
+    state = public_state("dit")
+    state["blocks.9999.attn.qkv.bias"] = torch.zeros(432)
+    with pytest.raises(LoadError, match=r"unexpected: blocks\.\*\.attn\.qkv\.bias"):
+        load_file(WeightsFile(state, "deep", "torch"))
