@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -85,6 +86,15 @@ class Processes:
         for process in self._processes:
             process.join()
 
+    def wait_until(self, condition: Callable[[], bool], timeout_seconds: float = 60) -> None:
+        """Waits for something that they do; fails if one ends before, or when time is over."""
+        deadline = time.monotonic() + timeout_seconds
+        while not condition():
+            if not all(process.is_alive() for process in self._processes):
+                self.results(1)
+            assert time.monotonic() < deadline, f"not so after {timeout_seconds} s"
+            time.sleep(0.001)
+
     def exit_codes(self, timeout_seconds: float = 60) -> list[int | None]:
         """Waits for all to end; None for one that has not."""
         deadline = time.monotonic() + timeout_seconds
@@ -127,5 +137,7 @@ def _run(
     # Plain pickle copies tensors; multiprocessing's own would share memory that ends with us.
     pipe.send_bytes(pickle.dumps(outcome))
     pipe.close()
+    if not outcome[0]:
+        sys.exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +101,7 @@ def checkpointer_of(run: Run, folder: Path, **config) -> Checkpointer:
     )
 
 
-def train(
-    folder: Path, steps: int, *, every: int = 5, width: int = 8, step_seconds: float = 0.0
-) -> str | None:
+def train(folder: Path, steps: int, every: int = 5, width: int = 8) -> str | None:
     """Trains up to `steps` updates, from where the folder is; the final digest, None if stopped."""
     stop = StopRequest()
     with ExitStack() as stack:
@@ -134,14 +131,13 @@ def train(
             # One poisoned update: a resumed run must count it as often as the other.
             skipped.add(run.step(step, poison=step == 7 and run.mesh.rank == 0))
             metrics.log(step + 1, {"skipped": skipped.total})
-            time.sleep(step_seconds)
             if (step + 1) % every == 0:
                 save(step + 1)
         checkpointer.wait()
         return run.local_digest()
 
 
-def train_or_exit(*args, **options) -> None:
+def train_or_exit(*args) -> None:
     """Trains as `train` does and leaves like a program that was stopped, if it was."""
-    if train(*args, **options) is None:
+    if train(*args) is None:
         sys.exit(STOPPED_EXIT_CODE)
