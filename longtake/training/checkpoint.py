@@ -211,8 +211,8 @@ class Checkpointer:
             files = {name: entry for part in described for name, entry in part.items()}
             run_together(lambda: self._finish(temporary, final, files, extra), self._group)
         except Exception:
-            log.exception("%s was not saved", final)
             if self._mesh.is_first:
+                log.exception("%s was not saved", final)
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         size_gib = sum(entry["size"] for entry in files.values()) / 2**30

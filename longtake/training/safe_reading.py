@@ -80,11 +80,11 @@ def check_fits(metadata: Metadata, tensors: dict[str, Tensor], folder: Path) -> 
     """
     stored = metadata.state_dict_metadata
     problems = []
-    if missing := sorted(tensors.keys() - stored.keys()):
+    if missing := _model_first(tensors.keys() - stored.keys()):
         problems.append(f"it lacks {_some(missing)}")
-    if unexpected := sorted(stored.keys() - tensors.keys()):
+    if unexpected := _model_first(stored.keys() - tensors.keys()):
         problems.append(f"it has {_some(unexpected)} that this run has no place for")
-    for name in sorted(stored.keys() & tensors.keys()):
+    for name in _model_first(stored.keys() & tensors.keys()):
         entry, tensor = stored[name], tensors[name]
         assert isinstance(entry, TensorStorageMetadata)
         if entry.size != tensor.shape:
@@ -96,6 +96,11 @@ def check_fits(metadata: Metadata, tensors: dict[str, Tensor], folder: Path) -> 
             f"{folder} does not fit this model: {_some(problems, '; ')}. "
             "Use the config it was trained with"
         )
+
+
+def _model_first(names: set[str]) -> list[str]:
+    """Sorted, weights before the moments and averages that differ for the same reason."""
+    return sorted(names, key=lambda name: (not name.startswith("model."), name))
 
 
 def _some(names: list[str], separator: str = ", ", most: int = 6) -> str:
