@@ -16,12 +16,11 @@ from longtake.weights.export import (
     use_original_timesteps,
     with_positions,
 )
+from longtake.weights.header import CONFIG_KEY, config_to_json
 from longtake.weights.infer import Inferred, infer_config
 from longtake.weights.layouts import LAYOUTS, Layout, LayoutName, detect_layout
 from longtake.weights.load import (
-    CONFIG_KEY,
     config_of_file,
-    config_to_json,
     load_file,
     load_model,
     load_public,

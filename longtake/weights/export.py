@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import longtake
 from longtake.models import ModelConfig
 from longtake.models.positions import spatial_positions, temporal_positions
+from longtake.weights.header import CONFIG_KEY, config_to_json
 from longtake.weights.layouts import LAYOUTS, rename_for
-from longtake.weights.load import CONFIG_KEY, config_to_json
 from longtake.weights.read import EXTRA_FILE, WeightsError
 
 MAX_SHARD_BYTES = 5 * 10**9
