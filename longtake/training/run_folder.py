@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+import longtake
 from longtake.training.checkpoint_folder import steps_saved
 
 _RECORDED_PACKAGES = ("torch", "numpy", "av", "triton", "diffusers", "transformers", "safetensors")
@@ -106,7 +107,7 @@ def environment() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"longtake": metadata.version("longtake")}
+    found = {"longtake": longtake.__version__}
     for name in _RECORDED_PACKAGES:
         try:
             found[name] = metadata.version(name)
