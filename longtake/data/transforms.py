@@ -3,8 +3,7 @@
 Scaling runs in swscale on the decoder's own YUV planes, straight to RGB of the final size. With the
 accurate flags below it agrees with an exact bicubic reduction of the full-size RGB frame to 56-58
 dB without bias; swscale's default flags are off by one to two grey levels, and converting at full
-size first costs four times as much (720p to 256p on one core: 2.3 ms a frame against 9.1 ms;
-numbers in `docs/data.md`).
+size first costs four times as much (720p to 256p on one core: 2.3 ms a frame against 9.1 ms).
 
 Letters: T frames, C channels, H W height and width.
 """
@@ -12,23 +11,15 @@ Letters: T frames, C channels, H W height and width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import av
 import numpy as np
 import torch
 from torch import Tensor
 
-# swscale's BICUBIC | ACCURATE_RND | FULL_CHR_H_INT | FULL_CHR_H_INP, as numbers because PyAV before
-# 17 has no names for them. Bicubic widens with the reduction, so it is also the antialiasing
-# filter.
+# swscale's BICUBIC | ACCURATE_RND | FULL_CHR_H_INT | FULL_CHR_H_INP, as numbers because PyAV 17 does
+# not name the last three. Bicubic widens with the reduction, so it is the antialiasing filter, too.
 SCALING = 0x4 | 0x40000 | 0x2000 | 0x4000
-# Newer PyAV would start a thread per core in every loader worker; older ones use one thread and
-# have no option.
-_ONE_THREAD: dict[str, Any] = (
-    {"threads": 1} if tuple(map(int, av.__version__.split(".")[:1])) >= (17,) else {}
-)
-
 # How many times its target's pixels a scaled frame may have: panoramas yes, strips of a pixel no.
 _MAX_COVER = 64
 
@@ -72,9 +63,13 @@ def fit_frame(frame: av.VideoFrame, fit: Fit, *, shown: tuple[int, int], turns: 
 
 
 def scale_frame(frame: av.VideoFrame, height: int, width: int) -> Tensor:
-    """A decoded frame as RGB of another size, uint8 (3, height, width)."""
+    """A decoded frame as RGB of another size, uint8 (3, height, width).
+
+    Needs PyAV 17: version 16 converts BT.709 video as if it were BT.601.
+    """
+    # One thread: each loader worker would otherwise start one per core.
     scaled_HWC = frame.to_ndarray(
-        width=width, height=height, format="rgb24", interpolation=SCALING, **_ONE_THREAD
+        width=width, height=height, format="rgb24", interpolation=SCALING, threads=1
     )
     return torch.from_numpy(np.ascontiguousarray(scaled_HWC)).permute(2, 0, 1)
 

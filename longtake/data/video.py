@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import av
 import torch
 from av.container import InputContainer
+from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.stream import VideoStream
 from torch import Tensor
@@ -190,7 +191,7 @@ class _Video:
             # the beginning. Some formats find it only before their first time, others only at it.
             try:
                 self._seek(-1.0)
-            except av.FFmpegError:
+            except FFmpegError:
                 self._seek(0.0)
         yield from self._decode()
 
