@@ -121,8 +121,8 @@ class Loader:
             bucket = self._config.buckets[batch.bucket]
             pool = len(self.pools[batch.bucket].ids)
             raise TooManyBadSamples(
-                f"no readable sample found for bucket {bucket}: the last "
-                f"{len(batch.bad)} tries among its {pool} samples all failed",
+                f"no readable sample found for bucket {bucket}: "
+                f"{batch.tries} different ones of its {pool} were tried in a row, and all failed",
                 batch.bad,
             )
         self._read += len(batch.captions)

@@ -44,6 +44,8 @@ class Hopeless:
 
     bucket: int
     bad: list[BadSample]
+    """All failures of the micro-batch; the last `tries` of them belong to that slot."""
+    tries: int
 
 
 class Reader(Dataset):
@@ -116,7 +118,7 @@ class TrainingReader(Reader):
             failed: list[BadSample] = []
             found = self._fill(request.bucket, epoch, slot_id, failed)
             if found is None:
-                return Hopeless(request.bucket, bad + failed)
+                return Hopeless(request.bucket, bad + failed, len(failed))
             bad += failed
             pixels_BCTHW[k], sample = found
             samples.append(sample)

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# swscale's BICUBIC | ACCURATE_RND | FULL_CHR_H_INT | FULL_CHR_H_INP, as numbers because PyAV 17 does
-# not name the last three. Bicubic widens with the reduction, so it is the antialiasing filter, too.
+# swscale's BICUBIC | ACCURATE_RND | FULL_CHR_H_INT | FULL_CHR_H_INP, as numbers: PyAV 17 does not
+# name the last three. Bicubic widens with the reduction, so it is the antialiasing filter, too.
 SCALING = 0x4 | 0x40000 | 0x2000 | 0x4000
 # How many times its target's pixels a scaled frame may have: panoramas yes, strips of a pixel no.
 _MAX_COVER = 64
