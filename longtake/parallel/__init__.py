@@ -18,6 +18,7 @@ from longtake.parallel.mesh import (
 from longtake.parallel.parallelize import is_compiled, parallelize
 from longtake.parallel.shard import (
     drop_gathered,
+    global_norm,
     local_part,
     materialize,
     read_full,
@@ -34,6 +35,7 @@ __all__ = [
     "compute_dtype",
     "drop_gathered",
     "gather_json",
+    "global_norm",
     "is_compiled",
     "local_part",
     "materialize",

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from longtake.parallel import global_norm, local_part
+
+_multiply_all = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +60,12 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     The norm is that of the whole model over all processes and stays on the device. It is not finite
     exactly if a gradient of any process is not (or their squares overflow).
     """
-    params = [param for param in model.parameters() if param.grad is not None]
-    assert params, "clip_gradients found no gradient: call it after backward"
-    norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    gradients = [param.grad for param in model.parameters() if param.grad is not None]
+    assert gradients, "clip_gradients found no gradient: call it after backward"
+    norm = global_norm(gradients)
     if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        _multiply_all([local_part(gradient) for gradient in gradients], factor)
     return norm
 
 
