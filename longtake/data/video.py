@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import av
 import torch
@@ -30,6 +31,10 @@ from longtake.data.image import is_image, read_image
 from longtake.data.transforms import Fit, fit_frame, scale_frame, upright
 
 # Media containers only. Playlists (HLS, DASH, ffconcat) would make FFmpeg open other files by name.
+# Titles in some other encoding must not make a video unreadable; PyAV 19 never decodes them unasked.
+_LENIENT_METADATA: dict[str, Any] = (
+    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+)
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegps,mpegts,mpegvideo,ogg,gif,flv,asf,"
     "h264,hevc,ivf"
@@ -323,7 +328,7 @@ def _open_video(
                 mode="r",
                 options=decoder_options,
                 container_options={"format_whitelist": _FORMATS},
-                metadata_errors="replace",
+                **_LENIENT_METADATA,
                 buffer_size=1 << 18,
             ) as container,
         ):
