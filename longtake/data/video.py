@@ -31,13 +31,13 @@ from longtake.data.image import is_image, read_image
 from longtake.data.transforms import Fit, fit_frame, scale_frame, upright
 
 # Media containers only. Playlists (HLS, DASH, ffconcat) would make FFmpeg open other files by name.
-# Titles in some other encoding must not make a video unreadable; PyAV 19 never decodes them unasked.
-_LENIENT_METADATA: dict[str, Any] = (
-    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
-)
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegps,mpegts,mpegvideo,ogg,gif,flv,asf,"
     "h264,hevc,ivf"
+)
+# Titles in an odd encoding must not make a video unreadable; PyAV 19 decodes none unasked.
+_LENIENT_METADATA: dict[str, Any] = (
+    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 )
 # Seconds. Matroska rounds timestamps to milliseconds: a frame may claim to start half a one late.
 _TIME_SLACK = 0.6e-3
