@@ -4,6 +4,7 @@ own."""
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import time
@@ -29,6 +30,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self._time = 0.0
+        self._pid = os.getpid()
         assert threading.current_thread() is threading.main_thread(), "signals need the main thread"
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._receive)
@@ -42,6 +44,12 @@ class StopRequest:
         return stop
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            # A forked worker inherits this: SIGTERM ends it, the rest is its parent's business.
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
         now = time.monotonic()
         if self.signal_name is None:
             self.signal_name, self._time = signal.Signals(number).name, now

@@ -7,6 +7,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -57,7 +58,7 @@ class Run:
     def step(self, step: int, *, poison: bool = False) -> torch.Tensor:
         """One update; poison puts NaN into this process's loss."""
         samples = toy_batch(step).chunk(self.mesh.dp_size)[self.mesh.dp_rank]
-        loss = toy_loss(self.model, samples)
+        loss = toy_loss(self.model, samples.to(self.mesh.device))
         (loss * float("nan") if poison else loss).backward()
         norm = clip_gradients(self.model, OPTIMIZER.clip_norm)
         lr = learning_rate(step, SCHEDULE, peak=OPTIMIZER.lr, total_steps=TOTAL_STEPS)
@@ -74,14 +75,20 @@ class Run:
         """A hash of every bit that this process holds."""
         digest = hashlib.sha256()
         for name, tensor in training_state(self.model, self.optimizer, self.ema).items():
-            digest.update(name.encode() + local_part(tensor).contiguous().numpy().tobytes())
+            digest.update(name.encode() + local_part(tensor).contiguous().cpu().numpy().tobytes())
         return digest.hexdigest()
 
 
-def build_run(config: ParallelConfig | None = None, *, decay: float = 0.99, width: int = 8) -> Run:
+def build_run(
+    config: ParallelConfig | None = None,
+    *,
+    decay: float = 0.99,
+    width: int = 8,
+    device: Literal["cpu", "cuda"] = "cpu",
+) -> Run:
     """A fresh run in this process's group."""
     config = config or ParallelConfig()
-    mesh = build_mesh(config, start_distributed("cpu", timeout_seconds=30))
+    mesh = build_mesh(config, start_distributed(device, timeout_seconds=30))
     with torch.device("meta"):
         model = ToyModel(width=width)
     parallelize(model, mesh, config)
