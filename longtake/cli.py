@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 _COMMANDS = {
     "clips": "put the quickstart's real clips and their manifests into a folder",
@@ -15,7 +20,8 @@ _COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0 for success, 2 for a mistake the user can mend."""
+    """Run one command. The exit status is 0 for success, 2 for a mistake the user can mend, 1 for a
+    run that failed and 75 for one that was asked to stop and has saved."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -35,9 +41,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _program(name)(rest)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        status = _status(error)
+        if status is None:
+            raise
+        _tell(error)
+        return status
+
+
+def _status(error: Exception) -> int | None:
+    """The exit status for an error that its message explains; None for one that is our mistake and
+    needs its traceback."""
+    # Commands have imported these already; `longtake --help` must not.
+    from longtake.data import LoaderError, MediaError, TooManyBadSamples
+    from longtake.parallel import PeerError
+    from longtake.training import CheckpointError, FolderInUseError
+
+    failures = (CheckpointError, FloatingPointError, LoaderError, PeerError, TooManyBadSamples)
+    if isinstance(error, failures):
+        return 1
+    if isinstance(error, (FolderInUseError, MediaError)):
         return 2
+    if isinstance(error, ImportError):
+        return 2 if "pip install" in str(error) else None
+    if isinstance(error, (ValueError, OSError)):
+        # Raised by our own checks, not somewhere inside a library.
+        frames = traceback.extract_tb(error.__traceback__)
+        return 2 if Path(frames[-1].filename).is_relative_to(Path(__file__).parent) else None
+    return None
+
+
+def _tell(error: Exception) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        # What fails alike everywhere, the first process tells, and its end ends this one.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2)
+    where = "" if rank == "0" else f" on rank {rank}"
+    print(f"error{where}: {error}", file=sys.stderr)
 
 
 def _program(name: str) -> Callable[[Sequence[str]], int]:

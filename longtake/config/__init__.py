@@ -1,16 +1,11 @@
 """What a run is: composed dataclasses, named presets, files and dotted overrides."""
 
+from longtake.config.checks import check_conditions, check_parts
 from longtake.config.command_line import TrainCommand, parse_train, with_encoder_weights
 from longtake.config.files import dump_yaml, from_plain, load_yaml, to_plain
-from longtake.config.presets import PRESETS
-from longtake.config.run import (
-    RunConfig,
-    SamplingConfig,
-    TrainConfig,
-    ValidationConfig,
-    changes,
-    check_parts,
-)
+from longtake.config.presets import PRESETS, preset
+from longtake.config.resume import changes
+from longtake.config.run import RunConfig, SamplingConfig, TrainConfig, ValidationConfig
 
 __all__ = [
     "PRESETS",
@@ -20,11 +15,13 @@ __all__ = [
     "TrainConfig",
     "ValidationConfig",
     "changes",
+    "check_conditions",
     "check_parts",
     "dump_yaml",
     "from_plain",
     "load_yaml",
     "parse_train",
+    "preset",
     "to_plain",
     "with_encoder_weights",
 ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import tyro
 
 from longtake.config.files import load_yaml
-from longtake.config.presets import PRESETS
+from longtake.config.presets import PRESETS, preset
 from longtake.config.run import RunConfig
 
 
@@ -32,7 +32,7 @@ def parse_train(arguments: Sequence[str]) -> TrainCommand:
     Raises: ValueError for what the user can mend; SystemExit(2) from the option parser itself.
     """
     base = argparse.ArgumentParser(prog="longtake train", add_help=False, allow_abbrev=False)
-    base.add_argument("--preset", choices=sorted(PRESETS))
+    base.add_argument("--preset")
     base.add_argument("--config", help="a YAML file, for example a run's config.yaml")
     base.add_argument("--encoder-weights", choices=["pretrained", "random"])
     base.add_argument("--dry-run", action="store_true")
@@ -43,7 +43,7 @@ def parse_train(arguments: Sequence[str]) -> TrainCommand:
     if chosen.config:
         config = load_yaml(chosen.config, RunConfig)
     else:
-        config = PRESETS[chosen.preset]() if chosen.preset else RunConfig()
+        config = preset(chosen.preset) if chosen.preset else RunConfig()
     if chosen.encoder_weights:
         config = with_encoder_weights(config, chosen.encoder_weights)
     config = tyro.cli(
@@ -75,6 +75,6 @@ def _description() -> str:
         "",
         "Presets:",
     ]
-    for name, preset in PRESETS.items():
-        lines.append(f"  {name:20} {(preset.__doc__ or '').strip().splitlines()[0]}")
+    for name, build in PRESETS.items():
+        lines.append(f"  {name:20} {(build.__doc__ or '').strip().splitlines()[0]}")
     return "\n".join(lines)

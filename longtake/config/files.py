@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import cattrs
 import yaml
-from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
-from cattrs.v import format_exception
+from cattrs.errors import (
+    AttributeValidationNote,
+    ClassValidationError,
+    ForbiddenExtraKeysError,
+    IterableValidationError,
+    IterableValidationNote,
+)
 
 _Config = TypeVar("_Config")
 
@@ -56,6 +62,9 @@ def from_plain(values: dict[str, Any], kind: type[_Config], *, source: str) -> _
     converter = cattrs.Converter(forbid_extra_keys=True)
     for scalar in (int, float, str, bool):
         converter.register_structure_hook(scalar, _structure_scalar)
+    converter.register_structure_hook_func(
+        lambda kind: get_origin(kind) is Literal, _structure_choice
+    )
     try:
         return converter.structure(values, kind)
     except ClassValidationError as error:
@@ -68,9 +77,17 @@ def _structure_scalar(value: Any, kind: type) -> Any:
         return float(value)
     if kind is float and isinstance(value, str):
         # YAML 1.1 reads 1e-4, without a dot, as text.
-        return float(value)
+        with suppress(ValueError):
+            return float(value)
     if type(value) is not kind:
         raise TypeError(f"expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _structure_choice(value: Any, kind: Any) -> Any:
+    choices = get_args(kind)
+    if value not in choices:
+        raise ValueError(f"{value!r} is not one of {', '.join(map(str, choices))}")
     return value
 
 
@@ -84,19 +101,20 @@ def _mistakes(error: BaseException, place: str) -> list[str]:
     if isinstance(error, ForbiddenExtraKeysError):
         known = [field.name for field in dataclasses.fields(error.cl)]
         return [_unknown_key(place, key, known) for key in sorted(error.extra_fields)]
-    text = (
-        str(error) if isinstance(error, (TypeError, ValueError)) else format_exception(error, None)
-    )
+    text = str(error)
+    if "is not iterable" in text:
+        # cattrs looks inside a value without asking whether it is a mapping or a list.
+        text = "expected keys below it, or a list of entries"
     return [f"{place.lstrip('.') or 'top level'}: {text}"]
 
 
 def _step(error: BaseException) -> str:
     """How an error's note extends the place: `.key` or `[index]`."""
     for note in getattr(error, "__notes__", []):
-        if hasattr(note, "name"):
+        if isinstance(note, AttributeValidationNote):
             return f".{note.name}"
-        if hasattr(note, "index"):
-            return f"[{note.index}]"
+        if isinstance(note, IterableValidationNote):
+            return f"[{note.index}]" if isinstance(note.index, int) else ""
     return ""
 
 

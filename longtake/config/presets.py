@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -184,3 +185,12 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "stdit-xl2-64x512": stdit_xl2_64x512,
     "pixart-xl2-16x256": pixart_xl2_16x256,
 }
+
+
+def preset(name: str) -> RunConfig:
+    """The preset of that name. Raises: ValueError naming the nearest one, or all."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(PRESETS)}"
+        raise ValueError(f"unknown preset {name!r}: {hint}")
+    return PRESETS[name]()

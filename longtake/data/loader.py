@@ -181,6 +181,7 @@ class ValidationBatches:
         dp_size: int,
         pin_memory: bool,
     ) -> None:
+        self.manifest = manifest
         self._reader = ValidationReader(config, manifest, ids)
         self._pin_memory = pin_memory
         self.num_samples = len(ids)

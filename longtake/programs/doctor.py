@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from longtake.config import PRESETS, RunConfig, load_yaml
+from longtake.config import RunConfig, load_yaml, preset
 from longtake.data import DataConfig, ManifestHealth, inspect_manifest, open_manifest
 
 _OPTIONAL = {
@@ -82,9 +82,7 @@ def _data_config(command: DoctorCommand) -> DataConfig:
     if command.config:
         return load_yaml(command.config, RunConfig).data
     if command.preset:
-        if command.preset not in PRESETS:
-            raise ValueError(f"unknown preset {command.preset!r}: choose from {', '.join(PRESETS)}")
-        return PRESETS[command.preset]().data
+        return preset(command.preset).data
     return RunConfig().data
 
 

@@ -15,7 +15,7 @@ from longtake.diffusion import SamplerConfig, build_objective
 from longtake.encoders import build_text_encoder, build_video_encoder
 from longtake.models import build_model_from_config
 from longtake.pipeline import Request, generate, write_clips
-from longtake.training import RunFolder, latest, load_weights_for_inference
+from longtake.training import find_checkpoint, load_weights_for_inference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,21 +94,13 @@ def sample(command: SampleCommand) -> list[Path]:
     )
     folder = command.out or checkpoint.parent.parent / "samples" / f"from-step-{extra['step']:08}"
     fps = command.fps or config.sampling.frames_per_second
-    return write_clips(folder, videos, request.captions, fps=fps)
-
-
-def find_checkpoint(run: Path) -> Path:
-    """The newest undamaged checkpoint of a run's folder, or the checkpoint that `run` itself is."""
-    if (run / "manifest.json").exists():
-        return run
-    folder = RunFolder(run)
-    found = latest(folder.checkpoints)
-    if found is None:
-        raise ValueError(
-            f"{run} holds no checkpoint: expected a run's folder (with checkpoints/step-N in it) or "
-            "one checkpoint's folder"
-        )
-    return found
+    return write_clips(
+        folder,
+        videos,
+        request.captions,
+        fps=fps,
+        with_random_encoders=config.uses_random_encoders,
+    )
 
 
 def _device(name: str) -> torch.device:

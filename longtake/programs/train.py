@@ -2,12 +2,11 @@
 
 config → mesh → data → encoders → model on meta → parallelize → init or load → optimizer, EMA →
 resume → loop: batch → encode → noise → predict → loss → backward → clip → step → EMA → log →
-checkpoint → sample
+validate → checkpoint → sample
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -16,15 +15,14 @@ from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict
 
 import torch
-from rich.logging import RichHandler
 from torch import Tensor
 
 from longtake.config import (
     RunConfig,
     changes,
+    check_conditions,
     check_parts,
     dump_yaml,
     load_yaml,
@@ -32,11 +30,10 @@ from longtake.config import (
     to_plain,
 )
 from longtake.data import (
+    BadSample,
     Batch,
-    Bucket,
-    Loader,
     LoaderState,
-    Manifest,
+    ValidationBatches,
     build_loader,
     open_manifest,
     validation_batches,
@@ -44,13 +41,9 @@ from longtake.data import (
 from longtake.diffusion import Objective, build_objective
 from longtake.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder
 from longtake.models import Model, build_model_from_config, init_weights
-from longtake.ops.attention import choose_backend
 from longtake.parallel import (
     Mesh,
     build_mesh,
-    compute_dtype,
-    gather_json,
-    is_compiled,
     materialize,
     mean_over_processes,
     parallelize,
@@ -68,27 +61,30 @@ from longtake.pipeline import (
     validation_loss,
     write_clips,
 )
-from longtake.planning import forward_macs, peak_bf16_flops, token_grid, training_flops
+from longtake.programs.run_record import run_record
+from longtake.programs.speed import speed_metrics, throughput_meter, work_of_step
 from longtake.report import write_report
 from longtake.training import (
     STOPPED_EXIT_CODE,
+    BadSampleLog,
     Checkpointer,
     Ema,
+    MeanLoss,
     MetricsLog,
     ProgressBar,
     RunFolder,
     SkippedUpdates,
     StopRequest,
-    Throughput,
-    ThroughputMeter,
     apply_update,
     build_optimizer,
     clip_gradients,
-    environment,
     hold_run_folder,
     learning_rate,
+    show_log,
 )
 from longtake.weights import load_public, read_state_dict
+
+log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -107,14 +103,26 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         device = start_distributed(timeout_seconds=config.parallel.timeout_seconds)
         at_exit.callback(stop_distributed)
         mesh = build_mesh(config.parallel, device)
+        show_log(is_first=mesh.is_first)
         folder = _open_folder(config, mesh, at_exit, fresh=fresh)
 
         manifest = open_manifest(config.data)
-        video_encoder = build_video_encoder(config.video_encoder, device, config.seed)
-        text_encoder = build_text_encoder(config.text_encoder, device, config.seed)
+        loader = build_loader(
+            config.data,
+            seed=config.seed,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size,
+            micro_batches=config.train.accumulation,
+            manifest=manifest,
+            pin_memory=device.type == "cuda",
+        )
         objective = build_objective(config.diffusion)
         with torch.device("meta"):
             model = build_model_from_config(config.model)
+        check_conditions(manifest, config, model.condition)
+        held_out = _held_out(config, mesh, model)
+        video_encoder = build_video_encoder(config.video_encoder, device, config.seed)
+        text_encoder = build_text_encoder(config.text_encoder, device, config.seed)
         check_parts(
             config,
             condition=model.condition,
@@ -131,25 +139,35 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         optimizer = build_optimizer(model, config.optimizer)
         ema = Ema(model, config.ema)
 
-        record = _record(config, mesh, model, manifest, video_encoder, text_encoder)
+        record = run_record(config, mesh, model, manifest, video_encoder, text_encoder)
         documents = {"config.yaml": dump_yaml(config), "run.json": json.dumps(record, indent=2)}
         checkpointer = Checkpointer(
             folder.checkpoints, config.checkpoint, mesh, documents=documents
         )
         at_exit.callback(checkpointer.close)
         resumed = checkpointer.resume(model, optimizer, ema) or {}
+        if resumed:
+            loader.state = LoaderState.from_json(resumed["loader"])
         skipped = SkippedUpdates(device, **resumed.get("skipped", {}))
-        loader = build_loader(
-            config.data,
-            seed=config.seed,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp_size,
-            micro_batches=config.train.accumulation,
-            start=LoaderState.from_json(resumed["loader"]) if resumed else None,
-            manifest=manifest,
-            pin_memory=device.type == "cuda",
-        )
+        mean_loss = MeanLoss(device, **resumed.get("mean_loss", {}))
         step = loader.state.step
+        if step >= config.train.steps:
+            log.info("nothing to do: step %d of train.steps=%d is done", step, config.train.steps)
+
+        metrics = MetricsLog(
+            folder.path,
+            config.metrics,
+            is_writer=mesh.is_first,
+            first_step=step,
+            run_config=to_plain(config),
+        )
+        at_exit.callback(metrics.close)
+        bad_samples = BadSampleLog(folder.bad_samples, is_writer=mesh.is_first, first_step=step)
+        if mesh.is_first:
+            folder.write_config(dump_yaml(config))
+            folder.write_record(record | {"steps_done": step})
+        bar = ProgressBar(config.train.steps, done=step, is_shown=mesh.is_first)
+        at_exit.enter_context(bar.shown())
 
         encode = partial(
             encode_batch,
@@ -159,37 +177,23 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
             device=device,
             with_sizes=config.model.micro_conditioning,
         )
-        validate = _validator(config, mesh, model, objective, ema, encode)
+        validate = _validator(config, model, objective, ema, held_out, encode, metrics, bad_samples)
         sample = _sampler(config, mesh, model, objective, ema, folder, video_encoder, text_encoder)
-        work = [_work(config, video_encoder, bucket) for bucket in config.data.buckets]
-        metrics = MetricsLog(
-            folder.path,
-            config.metrics,
-            is_writer=mesh.is_first,
-            first_step=step,
-            run_config=to_plain(config),
-        )
-        at_exit.callback(metrics.close)
-        if mesh.is_first:
-            folder.write_config(dump_yaml(config))
-            folder.write_record(record | {"steps_done": step})
-        note_bad_samples = _bad_sample_log(folder, mesh, loader)
-        bar = ProgressBar(config.train.steps, done=step, is_shown=mesh.is_first)
-        at_exit.enter_context(bar.shown())
+        work = [work_of_step(config, video_encoder, bucket) for bucket in config.data.buckets]
         if step == 0:
-            metrics.log(step, validate())
+            validate(step)
 
-        meter = _meter(config, mesh)
-        losses: list[Tensor] = []
-        for micro_batches in islice(loader, config.train.steps - step):
+        meter = throughput_meter(config, mesh)
+        for micro_batches in islice(loader, max(0, config.train.steps - step)):
+            weight = 1 / len(micro_batches)
             for batch in micro_batches:
                 sync_gradients(model, is_last=batch is micro_batches[-1])
                 inputs = encode(batch)
                 loss = training_loss(
                     model, objective, inputs, condition_dropout=config.train.condition_dropout
                 ).mean()
-                (loss / len(micro_batches)).backward()
-                losses.append(loss.detach())
+                (loss * weight).backward()
+                mean_loss.add(loss, weight=weight)
             gradient_norm = clip_gradients(model, config.optimizer.clip_norm)
             lr = learning_rate(
                 step, config.schedule, peak=config.optimizer.lr, total_steps=config.train.steps
@@ -199,225 +203,128 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
             skipped.add(applied)
 
             step = loader.state.step
-            is_last = stop.agreed() or step == config.train.steps
             meter.add(**work[micro_batches[0].bucket])
             bar.advance()
+            is_last = step == config.train.steps
             if is_last or step % config.train.log_every_steps == 0:
                 speed = meter.report(step)
                 line = metrics.log(
                     step,
                     {
-                        "train/loss": mean_over_processes(torch.stack(losses).mean()),
+                        "train/loss": mean_loss.report(),
                         "train/gradient_norm": gradient_norm,
                         "train/lr": lr,
                         "train/updates_skipped": skipped.total,
-                        "data/samples_unreadable": note_bad_samples(step),
-                        **_speed_metrics(speed, device),
+                        "data/samples_unreadable": bad_samples.note(
+                            step, manifest.file, _plain(loader.bad)
+                        ),
+                        **speed_metrics(speed, device),
                     },
                 )
-                losses.clear()
                 bar.report(step, speed, line)
                 skipped.check(config.optimizer.max_skipped_in_a_row)
             if is_last or step % config.validation.every_steps == 0:
                 with meter.paused():
-                    metrics.log(step, validate())
-            if is_last or step % config.checkpoint.every_steps == 0:
-                state = {"loader": loader.state.to_json(), "skipped": skipped.state_dict()}
+                    validate(step)
+            is_stopping = stop.agreed()
+            if is_last or is_stopping or step % config.checkpoint.every_steps == 0:
+                bad_samples.note(step, manifest.file, _plain(loader.bad))
+                state = {
+                    "loader": loader.state.to_json(),
+                    "skipped": skipped.state_dict(),
+                    "mean_loss": mean_loss.state_dict(),
+                }
                 with meter.paused():
                     checkpointer.save(step, model, optimizer, ema, state)
+            if is_stopping and not is_last:
+                break
             if is_last or (config.sampling.every_steps and step % config.sampling.every_steps == 0):
                 with meter.paused():
                     sample(step)
-            if is_last:
-                break
 
         checkpointer.wait()
         metrics.flush()
         if mesh.is_first:
             folder.write_record(record | {"steps_done": step})
-            bar.say(f"report: {write_report(folder.path)}")
-        return 0 if step >= config.train.steps else STOPPED_EXIT_CODE
+        if step < config.train.steps:
+            bar.say(f"stopped at step {step} and saved: the same command goes on from there")
+            return STOPPED_EXIT_CODE
+        if mesh.is_first:
+            _report(folder, bar)
+        return 0
 
 
 def _open_folder(config: RunConfig, mesh: Mesh, at_exit: ExitStack, *, fresh: bool) -> RunFolder:
     """The run's folder, held for this run; an existing run there must be the same one."""
     folder = RunFolder(Path(config.output) / config.name)
-    level = logging.INFO if mesh.is_first else logging.WARNING
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        datefmt="[%X]",
-        handlers=[RichHandler(show_path=False)],
-    )
-    logging.getLogger("longtake").setLevel(level)
-    if fresh and mesh.is_first:
-        folder.set_aside()
+    if fresh and folder.path.exists():
+        with hold_run_folder(folder.path):  # not the folder of a run that is still going on
+            if mesh.is_first:
+                folder.set_aside()
     at_exit.enter_context(hold_run_folder(folder.path))
     if folder.config.exists() and folder.has_checkpoints():
         for change in changes(load_yaml(folder.config, RunConfig), config):
-            logging.getLogger("longtake").info("resuming with %s", change)
+            log.info("resuming with %s", change)
     return folder
 
 
-def _record(
-    config: RunConfig,
-    mesh: Mesh,
-    model: Model,
-    manifest: Manifest,
-    video_encoder: VideoEncoder,
-    text_encoder: TextEncoder | None,
-) -> dict[str, Any]:
-    """`run.json`: what really runs, on what, with what."""
-    size = {
-        "name": f"{config.model.name}-{config.model.size}",
-        "parameters": sum(param.numel() for param in model.parameters()),
-    }
-    return {
-        "name": config.name,
-        "environment": environment(),
-        "model": size,
-        "encoders": {
-            "random": config.uses_random_encoders,
-            "video": video_encoder.provenance,
-            "text": text_encoder.provenance if text_encoder else None,
-        },
-        "data": {
-            "manifest": str(manifest.file),
-            "sha256": hashlib.sha256(manifest.file.read_bytes()).hexdigest(),
-            "samples": len(manifest),
-        },
-        "parallel": {
-            "processes": mesh.world_size,
-            "dp_replicate": mesh.dp_replicate,
-            "dp_shard": mesh.dp_shard,
-            "sp": mesh.sp,
-        },
-        "compute": {
-            "dtype": str(compute_dtype(config.parallel, mesh.device)).removeprefix("torch."),
-            "compiled_blocks": is_compiled(config.parallel, mesh.device),
-            "activation_checkpointing": config.parallel.checkpointing,
-            "attention": _attention_backends(config, mesh),
-        },
-    }
+def _plain(samples: Sequence[BadSample]) -> list[dict[str, object]]:
+    return [asdict(sample) for sample in samples]
 
 
-def _attention_backends(config: RunConfig, mesh: Mesh) -> dict[str, str]:
-    """Which backend each kind of attention takes."""
-    _, hidden_size, num_heads = config.model.dimensions
-    dtype = compute_dtype(config.parallel, mesh.device)
-    q_BNAE = torch.empty(1, 1, num_heads, hidden_size // num_heads, dtype=dtype, device=mesh.device)
-    return {
-        "self": choose_backend(q_BNAE, q_BNAE, masked=False),
-        "text": choose_backend(q_BNAE, q_BNAE, masked=True),
-    }
-
-
-class _Work(TypedDict):
-    """What one step of a bucket amounts to, all processes together."""
-
-    samples: int
-    tokens: int
-    flops: float
-
-
-def _work(config: RunConfig, video_encoder: VideoEncoder, bucket: Bucket) -> _Work:
-    _, frames, height, width = video_encoder.latent_shape(
-        bucket.num_frames, bucket.height, bucket.width
-    )
-    grid = token_grid((frames, height, width), patch=config.model.patch_size)
-    depth, hidden_size, _ = config.model.dimensions
-    macs = forward_macs(
-        config.model.name,
-        grid,
-        hidden_size=hidden_size,
-        depth=depth,
-        text_tokens=config.model.max_caption_tokens,
-        mlp_ratio=config.model.mlp_ratio,
-    )
-    return {
-        "samples": bucket.batch_size,
-        "tokens": bucket.batch_size * grid.total,
-        "flops": bucket.batch_size * training_flops(macs),
-    }
-
-
-def _meter(config: RunConfig, mesh: Mesh) -> ThroughputMeter:
-    peak = None
-    if mesh.device.type == "cuda" and compute_dtype(config.parallel, mesh.device) is torch.bfloat16:
-        peak = peak_bf16_flops(torch.cuda.get_device_name(mesh.device))
-    return ThroughputMeter(
-        total_steps=config.train.steps,
-        num_devices=mesh.world_size,
-        peak_flops_per_second=peak,
-    )
-
-
-def _speed_metrics(speed: Throughput, device: torch.device) -> dict[str, float]:
-    values = {
-        "speed/step_seconds": speed.step_seconds,
-        "speed/samples_per_second": speed.samples_per_second,
-        "speed/tokens_per_second": speed.tokens_per_second,
-        "speed/tokens_per_second_per_device": speed.tokens_per_second_per_device,
-    }
-    if speed.mfu is not None:
-        values["speed/mfu"] = speed.mfu
-    if device.type == "cuda":
-        values["memory/peak_allocated_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        values["memory/peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
-    return values
-
-
-def _bad_sample_log(folder: RunFolder, mesh: Mesh, loader: Loader) -> Callable[[int], int]:
-    """A function that writes down samples found unreadable since its last call, of all processes,
-    and returns how many there were in all."""
-    noted = 0
-
-    def note(step: int) -> int:
-        nonlocal noted
-        bad, first_new = loader.bad, noted
-        news = gather_json([asdict(sample) for sample in bad[first_new:]])
-        total = sum(gather_json(len(bad)))
-        noted = len(bad)
-        if mesh.is_first:
-            for sample in bad[first_new:]:
-                logging.getLogger("longtake").warning("unreadable, replaced: %s", sample)
-            folder.note_bad_samples(step, [sample for new in news for sample in new])
-        return total
-
-    return note
-
-
-def _validator(
-    config: RunConfig,
-    mesh: Mesh,
-    model: Model,
-    objective: Objective,
-    ema: Ema,
-    encode: Callable[[Batch], Inputs],
-) -> Callable[[], dict[str, Tensor]]:
-    """A function that measures the averaged weights on the held-out samples, as metrics."""
+def _held_out(config: RunConfig, mesh: Mesh, model: Model) -> ValidationBatches | None:
+    """The held-out samples, if the run has any; decoded when iterated."""
     if config.validation.manifest is None:
-        return dict
-    batches = validation_batches(
+        return None
+    manifest = open_manifest(config.data, config.validation.manifest)
+    check_conditions(manifest, config, model.condition)
+    return validation_batches(
         config.data,
-        config.validation.manifest,
+        manifest,
         batch_size=config.validation.batch_size,
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size,
         max_samples=config.validation.max_samples,
     )
+
+
+def _validator(
+    config: RunConfig,
+    model: Model,
+    objective: Objective,
+    ema: Ema,
+    held_out: ValidationBatches | None,
+    encode: Callable[[Batch], Inputs],
+    metrics: MetricsLog,
+    bad_samples: BadSampleLog,
+) -> Callable[[int], None]:
+    """A function that measures the averaged weights on the held-out samples and logs it."""
+    if held_out is None:
+        return lambda step: None
+    batches = list(held_out)
+    bad_samples.note(
+        0, held_out.manifest.file, _plain([sample for batch in batches for sample in batch.bad])
+    )
+    num_readable = mean_over_processes(torch.stack([batch.weights_B for batch in batches]).sum())
+    if not num_readable:
+        raise ValueError(
+            f"none of the held-out samples of {held_out.manifest.file} can be read: "
+            "see bad_samples.jsonl in the run's folder, or `longtake doctor --manifest`"
+        )
     # Encoded once: the same latents at every validation, and no decoding in between.
-    held_out = [encode(batch) for batch in batches]
+    inputs = [encode(batch) for batch in batches]
     count = config.validation.num_timesteps
     units = objective.network_t(objective.grid_t(count, "cpu")).tolist()
 
-    def validate() -> dict[str, Tensor]:
+    def validate(step: int) -> None:
         with ema.swapped_in():
-            sums = validation_loss(model, objective, held_out, num_timesteps=count)
+            sums = validation_loss(model, objective, inputs, num_timesteps=count)
         loss, weight = mean_over_processes(sums).unbind(dim=1)
         per_t = loss / weight
-        named = {f"validation/loss_t{t:.0f}": per_t[i] for i, t in enumerate(units)}
-        return {"validation/loss": per_t.mean(), **named}
+        named: dict[str, Tensor] = {
+            f"validation/loss_t{t:.0f}": per_t[i] for i, t in enumerate(units)
+        }
+        metrics.log(step, {"validation/loss": per_t.mean(), **named})
 
     return validate
 
@@ -435,8 +342,8 @@ def _sampler(
     """A function that writes the configured samples of the averaged weights."""
     settings, bucket = config.sampling, config.data.buckets[0]
     request = Request(
-        prompts=settings.prompts if text_encoder is not None else (),
-        labels=settings.labels if text_encoder is None else (),
+        prompts=settings.prompts,
+        labels=settings.labels,
         num_frames=bucket.num_frames,
         height=bucket.height,
         width=bucket.width,
@@ -458,7 +365,20 @@ def _sampler(
                 with_sizes=config.model.micro_conditioning,
             )
         if mesh.is_first:
-            target = folder.samples / f"step-{step:08}"
-            write_clips(target, videos, request.captions, fps=settings.frames_per_second)
+            write_clips(
+                folder.samples / f"step-{step:08}",
+                videos,
+                request.captions,
+                fps=settings.frames_per_second,
+                with_random_encoders=config.uses_random_encoders,
+            )
 
     return sample
+
+
+def _report(folder: RunFolder, bar: ProgressBar) -> None:
+    """The page of the finished run; a missing plotting package must not make the run a failure."""
+    try:
+        bar.say(f"report: {write_report(folder.path)}")
+    except ImportError as error:
+        log.warning("no report: %s", error)

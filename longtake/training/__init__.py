@@ -1,6 +1,7 @@
 """What the training loop needs: optimizer, schedule, EMA, checkpoints, metrics, throughput,
 stopping."""
 
+from longtake.training.bad_samples import BadSampleLog
 from longtake.training.checkpoint import (
     CheckpointConfig,
     Checkpointer,
@@ -9,6 +10,7 @@ from longtake.training.checkpoint import (
 from longtake.training.checkpoint_folder import CheckpointError, latest
 from longtake.training.ema import Ema, EmaConfig
 from longtake.training.lock import FolderInUseError, hold_run_folder
+from longtake.training.mean_loss import MeanLoss
 from longtake.training.metrics import MetricsConfig, MetricsLog, read_metrics
 from longtake.training.optimizer import (
     OptimizerConfig,
@@ -17,20 +19,22 @@ from longtake.training.optimizer import (
     build_optimizer,
     clip_gradients,
 )
-from longtake.training.progress import ProgressBar
-from longtake.training.run_folder import RunFolder, environment
+from longtake.training.progress import ProgressBar, show_log
+from longtake.training.run_folder import RunFolder, environment, find_checkpoint
 from longtake.training.schedule import ScheduleConfig, learning_rate
 from longtake.training.stop import STOPPED_EXIT_CODE, StopRequest
 from longtake.training.throughput import Throughput, ThroughputMeter
 
 __all__ = [
     "STOPPED_EXIT_CODE",
+    "BadSampleLog",
     "CheckpointConfig",
     "CheckpointError",
     "Checkpointer",
     "Ema",
     "EmaConfig",
     "FolderInUseError",
+    "MeanLoss",
     "MetricsConfig",
     "MetricsLog",
     "OptimizerConfig",
@@ -45,9 +49,11 @@ __all__ = [
     "build_optimizer",
     "clip_gradients",
     "environment",
+    "find_checkpoint",
     "hold_run_folder",
     "latest",
     "learning_rate",
     "load_weights_for_inference",
     "read_metrics",
+    "show_log",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,28 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from longtake.training.throughput import Throughput
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log records as lines above the bar."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_log(*, is_first: bool) -> None:
+    """Shows what Longtake logs: on the first process everything, on the others only errors."""
+    logger = logging.getLogger("longtake")
+    logger.setLevel(logging.INFO if is_first else logging.ERROR)
+    if not logger.handlers:
+        handler = _ConsoleHandler(Console(stderr=True))
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
 
 
 class ProgressBar:

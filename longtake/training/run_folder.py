@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import longtake
-from longtake.training.checkpoint_folder import steps_saved
+from longtake.training.checkpoint_folder import MANIFEST, latest, steps_saved
 
 _RECORDED_PACKAGES = ("torch", "numpy", "av", "triton", "diffusers", "transformers", "safetensors")
 
@@ -76,13 +76,21 @@ class RunFolder:
         with open(self.record, encoding="utf-8") as file:
             return json.load(file)
 
-    def note_bad_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Append unreadable samples, one JSON line each."""
-        if not samples:
-            return
-        with open(self.bad_samples, "a", encoding="utf-8") as file:
-            for sample in samples:
-                file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
+
+def find_checkpoint(path: Path) -> Path:
+    """The newest undamaged checkpoint of a run's folder, or the checkpoint that `path` itself is.
+
+    Raises: ValueError if it is neither.
+    """
+    if (path / MANIFEST).exists():
+        return path
+    found = latest(RunFolder(path).checkpoints)
+    if found is None:
+        raise ValueError(
+            f"{path} holds no checkpoint: expected a run's folder (with checkpoints/step-N in it) "
+            "or one checkpoint's folder"
+        )
+    return found
 
 
 def environment() -> dict[str, Any]:

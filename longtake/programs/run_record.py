@@ -1,0 +1,67 @@
+"""`run.json`: what really runs, on what, with what."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+from longtake.config import RunConfig
+from longtake.data import Manifest
+from longtake.encoders import TextEncoder, VideoEncoder
+from longtake.models import Model
+from longtake.ops.attention import choose_backend
+from longtake.parallel import Mesh, compute_dtype, is_compiled
+from longtake.training import environment
+
+
+def run_record(
+    config: RunConfig,
+    mesh: Mesh,
+    model: Model,
+    manifest: Manifest,
+    video_encoder: VideoEncoder,
+    text_encoder: TextEncoder | None,
+) -> dict[str, Any]:
+    """The record of a run that is about to start, as plain JSON values."""
+    encoders = [encoder for encoder in (video_encoder, text_encoder) if encoder is not None]
+    with open(manifest.file, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "name": config.name,
+        "environment": environment(),
+        "model": {
+            "name": f"{config.model.name}-{config.model.size}",
+            "parameters": sum(param.numel() for param in model.parameters()),
+        },
+        "encoders": {
+            "random": any(encoder.provenance["weights"] == "random" for encoder in encoders),
+            "video": video_encoder.provenance,
+            "text": text_encoder.provenance if text_encoder else None,
+        },
+        "data": {"manifest": str(manifest.file), "sha256": digest, "samples": len(manifest)},
+        "parallel": {
+            "processes": mesh.world_size,
+            "dp_replicate": mesh.dp_replicate,
+            "dp_shard": mesh.dp_shard,
+            "sp": mesh.sp,
+        },
+        "compute": {
+            "dtype": str(compute_dtype(config.parallel, mesh.device)).removeprefix("torch."),
+            "compiled_blocks": is_compiled(config.parallel, mesh.device),
+            "activation_checkpointing": config.parallel.checkpointing,
+            "attention": _attention_backends(config, mesh),
+        },
+    }
+
+
+def _attention_backends(config: RunConfig, mesh: Mesh) -> dict[str, str]:
+    """Which backend each kind of attention takes."""
+    _, hidden_size, num_heads = config.model.dimensions
+    dtype = compute_dtype(config.parallel, mesh.device)
+    q_BNAE = torch.empty(1, 1, num_heads, hidden_size // num_heads, dtype=dtype, device=mesh.device)
+    return {
+        "self": choose_backend(q_BNAE, q_BNAE, masked=False),
+        "text": choose_backend(q_BNAE, q_BNAE, masked=True),
+    }

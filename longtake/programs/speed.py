@@ -1,0 +1,72 @@
+"""What a step amounts to in samples, tokens and FLOPs, and the speeds that follow from it."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+
+from longtake.config import RunConfig
+from longtake.data import Bucket
+from longtake.encoders import VideoEncoder
+from longtake.parallel import Mesh, compute_dtype
+from longtake.planning import forward_macs, peak_bf16_flops, token_grid, training_flops
+from longtake.training import Throughput, ThroughputMeter
+
+
+class Work(TypedDict):
+    """What one step of a bucket amounts to, all processes together."""
+
+    samples: int
+    tokens: int
+    flops: float
+
+
+def work_of_step(config: RunConfig, video_encoder: VideoEncoder, bucket: Bucket) -> Work:
+    """The transformer's work alone; the encoders' is not counted."""
+    _, frames, height, width = video_encoder.latent_shape(
+        bucket.num_frames, bucket.height, bucket.width
+    )
+    grid = token_grid((frames, height, width), patch=config.model.patch_size)
+    depth, hidden_size, _ = config.model.dimensions
+    macs = forward_macs(
+        config.model.name,
+        grid,
+        hidden_size=hidden_size,
+        depth=depth,
+        text_tokens=config.model.max_caption_tokens,
+        mlp_ratio=config.model.mlp_ratio,
+    )
+    return {
+        "samples": bucket.batch_size,
+        "tokens": bucket.batch_size * grid.total,
+        "flops": bucket.batch_size * training_flops(macs),
+    }
+
+
+def throughput_meter(config: RunConfig, mesh: Mesh) -> ThroughputMeter:
+    """A meter that knows the devices' peak, where there is a published one."""
+    peak = None
+    if mesh.device.type == "cuda" and compute_dtype(config.parallel, mesh.device) is torch.bfloat16:
+        peak = peak_bf16_flops(torch.cuda.get_device_name(mesh.device))
+    return ThroughputMeter(
+        total_steps=config.train.steps,
+        num_devices=mesh.world_size,
+        peak_flops_per_second=peak,
+    )
+
+
+def speed_metrics(speed: Throughput, device: torch.device) -> dict[str, float]:
+    """Speeds and peak memory, under their names in the metrics."""
+    values = {
+        "speed/step_seconds": speed.step_seconds,
+        "speed/samples_per_second": speed.samples_per_second,
+        "speed/tokens_per_second": speed.tokens_per_second,
+        "speed/tokens_per_second_per_device": speed.tokens_per_second_per_device,
+    }
+    if speed.mfu is not None:
+        values["speed/mfu"] = speed.mfu
+    if device.type == "cuda":
+        values["memory/peak_allocated_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        values["memory/peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
+    return values
