@@ -18,8 +18,16 @@ import tyro
 from rich.console import Console
 from torch import nn
 
+from longtake.config import RunConfig, load_yaml
 from longtake.models import ModelConfig, build_model_from_config, init_weights
+from longtake.training import (
+    CheckpointError,
+    RunFolder,
+    find_checkpoint,
+    load_weights_for_inference,
+)
 from longtake.weights import (
+    CONFIG_KEY,
     Account,
     Inferred,
     Layout,
@@ -27,6 +35,7 @@ from longtake.weights import (
     WeightsError,
     WeightsFile,
     config_of_file,
+    config_to_json,
     export_diffusers,
     export_safetensors,
     load_file,
@@ -43,7 +52,8 @@ class ConvertConfig:
     """Read weights strictly, print what became of every key, and write them for others."""
 
     source: tyro.conf.Positional[str]
-    """A .pt, .pth or .safetensors file, a folder of safetensors, or a run's checkpoint."""
+    """A .pt, .pth or .safetensors file, a folder of safetensors, a run's folder (its newest
+    checkpoint is taken) or one checkpoint; of runs, the averaged weights."""
     output: str | None = None
     """The .safetensors file or the diffusers folder to write; nothing is written without it."""
     to: Literal["safetensors", "diffusers"] = "safetensors"
@@ -100,15 +110,15 @@ def convert(config: ConvertConfig) -> int:
             _report(config.report, error.account)
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:
+    except (CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def is_run_checkpoint(path: Path) -> bool:
-    """Whether a folder is a checkpoint of our own training rather than exported weights."""
-    return (path / ".metadata").is_file()
+    """Whether a folder is a run, or a checkpoint of one, rather than exported weights."""
+    return (path / ".metadata").is_file() or RunFolder(path).has_checkpoints()
 
 
 def state_from_checkpoint(path: Path, *, allow_random_encoders: bool) -> WeightsFile:
@@ -118,7 +128,22 @@ def state_from_checkpoint(path: Path, *, allow_random_encoders: bool) -> Weights
     Raises:
         WeightsError: the run used encoders with random weights and that was not allowed.
     """
-    raise WeightsError(f"{path}: reading a run's checkpoint is not available yet")
+    config = load_yaml(path / "config.yaml", RunConfig)
+    if config.uses_random_encoders and not allow_random_encoders:
+        raise WeightsError(
+            f"{path} was trained with random encoder weights, so its weights mean nothing: to "
+            "convert them all the same, for a test or a benchmark, add --allow-random-encoders"
+        )
+    with torch.device("meta"):
+        model = build_model_from_config(config.model)
+    model = model.to_empty(device="cpu")
+    load_weights_for_inference(path, model)
+    metadata = {CONFIG_KEY: config_to_json(config.model)}
+    if config.uses_random_encoders:
+        metadata["longtake.warning"] = "trained with random encoder weights"
+    return WeightsFile(
+        state=model.state_dict(), source=str(path), container="run", metadata=metadata
+    )
 
 
 # ------------------------------------------------------------------------------------- the steps
@@ -136,6 +161,7 @@ def _check(config: ConvertConfig) -> None:
 def _read(config: ConvertConfig) -> WeightsFile:
     path = Path(config.source)
     if is_run_checkpoint(path):
+        path = find_checkpoint(path)
         return state_from_checkpoint(path, allow_random_encoders=config.allow_random_encoders)
     return read_weights(path, wrapper=config.wrapper)
 
