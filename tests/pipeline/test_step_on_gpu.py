@@ -1,5 +1,7 @@
 """The training step on a GPU: it computes what the CPU computes, and never waits for the device."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,8 +41,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-MODEL = ModelConfig(name="stdit", size="tiny", caption_channels=64, max_caption_tokens=16)
-VIDEO = VideoEncoderConfig(kind="diffusers", path="tiny", weights="random")
 TEXT = TextEncoderConfig(kind="t5", path="tiny", weights="random", max_tokens=16)
 
 
@@ -58,13 +58,28 @@ def _batch(step: int) -> Batch:
     ).pin_memory()
 
 
+@pytest.fixture
+def vae_folder(tmp_path: Path) -> str:
+    from diffusers import AutoencoderKL
+
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (32, 32),
+    }
+    AutoencoderKL(**blocks, latent_channels=4).save_config(tmp_path)
+    return str(tmp_path)
+
+
 @pytest.mark.parametrize("objective_name", ["iddpm", "flow"])
-def test_step_never_waits_for_the_device(objective_name: str):
+def test_step_never_waits_for_the_device(objective_name: str, vae_folder: str):
     device = start_distributed("cuda")
     try:
         config = ParallelConfig(compile=False)
         mesh = build_mesh(config, device)
-        video_encoder = build_video_encoder(VIDEO, device)
+        video_encoder = build_video_encoder(
+            VideoEncoderConfig(kind="diffusers", path=vae_folder, weights="random"), device
+        )
         text_encoder = build_text_encoder(TEXT, device)
         assert text_encoder is not None
         objective = build_objective(DiffusionConfig(objective=objective_name))
