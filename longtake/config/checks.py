@@ -10,6 +10,7 @@ from longtake.config.run import RunConfig
 from longtake.data import Manifest
 from longtake.diffusion import Objective, build_sampler
 from longtake.encoders import TextEncoder, VideoEncoder
+from longtake.training import learning_rate
 
 Condition = Literal["label", "text"]
 
@@ -46,6 +47,13 @@ def check_parts(
         _check_text(config, text_encoder)
     for bucket in config.data.buckets:
         video_encoder.latent_shape(bucket.num_frames, bucket.height, bucket.width)
+    # Raises if the decay does not fit behind the warm-up.
+    learning_rate(
+        config.train.steps - 1,
+        config.schedule,
+        peak=config.optimizer.lr,
+        total_steps=config.train.steps,
+    )
     _check_sampling(config, condition, objective, video_encoder)
 
 

@@ -57,6 +57,13 @@ class CheckpointConfig:
     timeout_seconds: int = 1800
     """How long processes wait for one another's files."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("every_steps", 1), ("keep_last", 0), ("timeout_seconds", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"checkpoint.{name}={getattr(self, name)} must be at least {least}"
+                )
+
 
 class Checkpointer:
     """Saves and restores a run in one folder, which the run must hold (`hold_run_folder`).

@@ -23,6 +23,13 @@ class EmaConfig:
     """Begin with a short memory, min(decay, (1 + n) / (10 + n)) at update n: else the first
     weights, which know nothing, still weigh 37 % after 10,000 updates."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(
+                f"ema.decay={self.decay} must be in [0, 1): 0.9999 averages over the last 10,000 "
+                "steps or so, 0 keeps no average"
+            )
+
 
 class Ema:
     """Averages of a model's parameters under their names. The model must be on its device and

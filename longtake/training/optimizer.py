@@ -3,6 +3,7 @@ finite."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,17 @@ class OptimizerConfig:
     """Largest global gradient norm; None leaves gradients as they are."""
     max_skipped_in_a_row: int = 10
     """Updates skipped because of a non-finite gradient before the run stops; 0 never stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay", "max_skipped_in_a_row"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be at least 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas={self.betas} must be in [0, 1)")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(
+                f"optimizer.clip_norm={self.clip_norm} must be above 0, or None to clip nothing"
+            )
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -19,6 +19,12 @@ class ScheduleConfig:
     final_factor: float = 0.0
     """What remains of the peak learning rate at the end of the decay."""
 
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"schedule.warmup_steps={self.warmup_steps} must be at least 0")
+        if not 0 <= self.final_factor <= 1:
+            raise ValueError(f"schedule.final_factor={self.final_factor} must be in [0, 1]")
+
 
 def learning_rate(step: int, config: ScheduleConfig, *, peak: float, total_steps: int) -> float:
     """The learning rate of update number `step`, counted from 0.
