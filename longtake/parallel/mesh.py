@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -98,9 +99,11 @@ def start_distributed(
             "with `longtake doctor`"
         )
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    faulthandler.enable()
-    if hasattr(signal, "SIGUSR2"):
-        faulthandler.register(signal.SIGUSR2, all_threads=True)
+    if sys.__stderr__ is not None:
+        # The real one: a notebook's has no file descriptor.
+        faulthandler.enable(sys.__stderr__)
+        if hasattr(signal, "SIGUSR2"):
+            faulthandler.register(signal.SIGUSR2, sys.__stderr__, all_threads=True)
 
     if kind == "cuda":
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
