@@ -18,7 +18,15 @@ import torch.distributed as dist
 # Forked from a server that has imported torch and holds nothing else: as clean as a new
 # interpreter, without the seconds that each import would take.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch._dynamo", "longtake.training"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+        "matplotlib.pyplot",
+        "longtake.programs.sample",
+        "longtake.programs.train",
+    ]
+)
 
 
 def run_in_processes(
