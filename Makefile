@@ -17,7 +17,8 @@ help:
 	@sed -n '1,5p' Makefile
 
 quickstart: $(VENV)/.ready-quickstart
-	$(BIN)/longtake train --preset quickstart
+	$(BIN)/longtake clips
+	$(BIN)/longtake train --preset quickstart --fresh
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2
