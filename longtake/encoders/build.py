@@ -39,10 +39,12 @@ class VideoEncoderConfig:
     """Frames higher or wider than this many pixels are processed in blended tiles of this size."""
 
     dct_block: int = 8
-    """Side of a DCT block in pixels: the downsampling. Only for `dct`, like the next two."""
+    """Side of a DCT block in pixels: the downsampling. Only for `dct`, like the next three."""
     dct_luma_channels: int = 16
     dct_chroma_channels: int = 4
     """Kept coefficients of each of the two chroma components."""
+    dct_whitening: float = 1.0
+    """1: all channels of unit variance; 0: the spectrum of images, where large forms dominate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,7 @@ def build_video_encoder(
             block=config.dct_block,
             luma_channels=config.dct_luma_channels,
             chroma_channels=config.dct_chroma_channels,
+            whitening=config.dct_whitening,
             device=device,
         )
     if config.kind == "diffusers":

@@ -44,9 +44,13 @@ class DctEncoder:
     """Block-DCT transform encoder: `block` pixels down in space, none in time; deterministic.
 
     Channels are the first `luma_channels` coefficients of the luma in zig-zag order, then the first
-    `chroma_channels` of each of the two chroma components. `finish` divides each by the standard
-    deviation that natural images have there (see the law above), so that latents have about unit
-    variance per channel.
+    `chroma_channels` of each of the two chroma components.
+
+    `finish` divides each by std ** whitening, where std is the deviation that natural images have
+    there (see the law above), and all of them by one number that brings the mean variance to one.
+    whitening = 1 gives every channel unit variance; whitening = 0 keeps the spectrum of images, as
+    if one diffused pixels: noise then hides detail long before it hides the picture, so that a
+    model settles the large forms first, and the loss weighs errors as the eye does.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class DctEncoder:
         block: int = 8,
         luma_channels: int = 16,
         chroma_channels: int = 4,
+        whitening: float = 1.0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -66,6 +71,11 @@ class DctEncoder:
                     f"dct_{name}_channels={count} must be between {least} and {block**2}, "
                     f"the coefficients of a block of {block}x{block} pixels"
                 )
+        if not 0 <= whitening <= 1:
+            raise ValueError(
+                f"dct_whitening={whitening} must be between 0 (the spectrum of images) and 1 "
+                "(all channels of equal variance)"
+            )
         self.block = block
         self.downsample: tuple[int, int, int] = (1, block, block)
         kept = zigzag(block)
@@ -74,7 +84,9 @@ class DctEncoder:
         self.latent_channels = len(chosen)
         self._analysis_CP = _analysis_matrix(block, chosen).to(device, dtype)
         std_C = torch.tensor([expected_std(block, *index) for index in chosen], dtype=torch.float64)
-        self._std_C111 = std_C.to(device, dtype).view(-1, 1, 1, 1)
+        left_C = std_C ** (1 - whitening)  # deviations that division by std ** whitening leaves
+        scale_C = std_C**whitening * left_C.square().mean().sqrt()
+        self._scale_C111 = scale_C.to(device, dtype).view(-1, 1, 1, 1)
         self.provenance: dict[str, object] = {
             "class": "DctEncoder",
             "what": "block DCT transform, not a learned VAE",
@@ -82,6 +94,7 @@ class DctEncoder:
             "block": block,
             "luma_channels": luma_channels,
             "chroma_channels": chroma_channels,
+            "whitening": whitening,
             "dtype": str(dtype).removeprefix("torch."),
         }
 
@@ -115,13 +128,13 @@ class DctEncoder:
         return LatentStats(rearrange(mean_BTHWC, "b t h w c -> b c t h w").contiguous())
 
     def finish(self, stats: LatentStats, noise_BCTHW: Tensor | None = None) -> Tensor:
-        """Coefficients over their expected deviation; without a posterior noise is ignored."""
-        return sample_posterior(stats, noise_BCTHW) / self._std_C111
+        """Coefficients over their scale; without a posterior noise is ignored."""
+        return sample_posterior(stats, noise_BCTHW) / self._scale_C111
 
     @torch.no_grad()
     def decode(self, latents_BCTHW: Tensor) -> Tensor:
         """Pixels, float32, clamped to [-1, 1]; coefficients that were not kept count as zero."""
-        coefficients_BCTHW = latents_BCTHW.to(self._analysis_CP) * self._std_C111
+        coefficients_BCTHW = latents_BCTHW.to(self._analysis_CP) * self._scale_C111
         blocks_BTHWP = rearrange(coefficients_BCTHW, "b c t h w -> b t h w c") @ self._analysis_CP
         pixels_BCTHW = rearrange(
             blocks_BTHWP,

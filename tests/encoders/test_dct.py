@@ -131,3 +131,35 @@ def test_dct_shapes_and_errors() -> None:
         DctEncoder(luma_channels=65)
     with pytest.raises(ValueError, match="dct_block=1 must be at least 2"):
         DctEncoder(block=1)
+
+
+def test_whitening_moves_between_the_spectrum_of_images_and_equal_variances() -> None:
+    pixels_BCTHW = torch.rand(1, 3, 2, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    whole = DctEncoder(block=4, luma_channels=16, chroma_channels=16, whitening=0.3)
+    stats = whole.encode(pixels_BCTHW)
+    assert torch.allclose(whole.decode(whole.finish(stats)), pixels_BCTHW, atol=1e-5)
+
+    coefficients = stats.mean_BCTHW
+    deviations = {
+        whitening: (
+            DctEncoder(block=4, luma_channels=16, chroma_channels=16, whitening=whitening)
+            .finish(stats)
+            .div(coefficients)
+            .amax(dim=(0, 2, 3, 4))
+            .double()
+            * torch.tensor([expected_std(4, row, u, v) for row in range(3) for u, v in zigzag(4)])
+        )
+        for whitening in (0.0, 0.5, 1.0)
+    }
+    for deviation_C in deviations.values():
+        assert abs(float(deviation_C.square().mean()) - 1) < 1e-4, "mean variance of natural images"
+    assert torch.allclose(deviations[1.0], torch.ones(48).double(), atol=1e-4)
+    middle_C = deviations[0.0].sqrt()
+    assert torch.allclose(deviations[0.5], middle_C / middle_C.square().mean().sqrt(), rtol=1e-4), (
+        "half way, in logarithms"
+    )
+
+
+def test_a_whitening_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"dct_whitening=1\.5"):
+        DctEncoder(whitening=1.5)
