@@ -6,15 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+# Transparent, and in colours that read on white as on black.
+_TEXT, _PALE, _STRONG = "#7a848e", "#8fadc4", "#d0533f"
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics file, oldest first; a half-written last line is left out."""
     records = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            if not line.endswith("\n"):
+            try:
+                records.append(json.loads(line))
+            except ValueError:
                 break
-            records.append(json.loads(line))
     return records
 
 
@@ -38,26 +42,29 @@ def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    figure, axes = pyplot.subplots(figsize=(8, 4), dpi=160)
     steps, values = series(records, "train/loss")
-    axes.plot(steps, values, color="#9db4c8", linewidth=1.2, label="training (random timesteps)")
+    axes.plot(steps, values, color=_PALE, linewidth=1.2, label="training (random timesteps)")
     steps, values = series(records, "validation/loss")
     if steps:
         axes.plot(
             steps,
             values,
-            color="#c0392b",
+            color=_STRONG,
             linewidth=2,
             marker="o",
             markersize=3.5,
             label="held-out (fixed timesteps and noise)",
         )
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
+    axes.set_xlabel("step", color=_TEXT)
+    axes.set_ylabel("loss", color=_TEXT)
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.25)
+    axes.tick_params(colors=_TEXT)
+    axes.grid(color=_TEXT, alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.spines[["bottom", "left"]].set_color(_TEXT)
+    if axes.lines and any(len(line.get_xdata()) for line in axes.lines):
+        axes.legend(frameon=False, labelcolor=_TEXT)
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, transparent=True)
     pyplot.close(figure)
