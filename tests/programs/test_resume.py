@@ -114,7 +114,7 @@ def _together(outcomes):
     """Step -> the global batch: the processes' parts, first rank first."""
     assert [outcome.status for outcome in outcomes] == [0] * len(outcomes), outcomes[0].err
     return {
-        step: sum((outcome.batches[step] for outcome in outcomes), [])
+        step: [key for outcome in outcomes for key in outcome.batches[step]]
         for step in outcomes[0].batches
     }
 
