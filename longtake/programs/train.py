@@ -33,6 +33,7 @@ from longtake.data import (
     BadSample,
     Batch,
     LoaderState,
+    Manifest,
     ValidationBatches,
     build_loader,
     open_manifest,
@@ -181,6 +182,8 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         sample = _sampler(config, mesh, model, objective, ema, folder, video_encoder, text_encoder)
         work = [work_of_step(config, video_encoder, bucket) for bucket in config.data.buckets]
         if step == 0:
+            if mesh.is_first:
+                _show_real_clips(config, manifest, folder)
             validate(step)
 
         meter = throughput_meter(config, mesh)
@@ -374,6 +377,25 @@ def _sampler(
             )
 
     return sample
+
+
+def _show_real_clips(config: RunConfig, manifest: Manifest, folder: RunFolder) -> None:
+    """Writes a few of the training clips for the report, those with a sampled prompt first."""
+    read = validation_batches(config.data, manifest, batch_size=8, max_samples=8)
+    batch = next(iter(read))
+    labels, readable = batch.labels_B.tolist(), batch.weights_B.bool().tolist()
+    captions = [text or f"label {labels[k]}" for k, text in enumerate(batch.captions)]
+    chosen = sorted(
+        (k for k in range(len(captions)) if readable[k]),
+        key=lambda k: captions[k] not in config.sampling.prompts,
+    )[:4]
+    if chosen:
+        write_clips(
+            folder.path / "real",
+            batch.pixels_BCTHW[chosen],
+            [captions[k] for k in chosen],
+            fps=config.sampling.frames_per_second,
+        )
 
 
 def _report(folder: RunFolder, bar: ProgressBar) -> None:

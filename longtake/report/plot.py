@@ -63,7 +63,7 @@ def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
     axes.grid(color=_TEXT, alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color(_TEXT)
-    if axes.lines and any(len(line.get_xdata()) for line in axes.lines):
+    if records:
         axes.legend(frameon=False, labelcolor=_TEXT)
     figure.tight_layout()
     figure.savefig(path, transparent=True)
