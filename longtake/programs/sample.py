@@ -48,6 +48,14 @@ class SampleCommand:
     """Needed again as `random` for a run trained with random encoders: its samples mean nothing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "height", "width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if self.fps is not None and not 0 < self.fps <= 1000:
+            raise ValueError(f"--fps {self.fps} must be above 0 and at most 1000")
+
 
 def main(arguments: Sequence[str]) -> int:
     """`longtake sample`."""
@@ -128,9 +136,9 @@ def _request(command: SampleCommand, config: RunConfig) -> Request:
     return Request(
         prompts=prompts,
         labels=labels,
-        num_frames=command.num_frames or bucket.num_frames,
-        height=command.height or bucket.height,
-        width=command.width or bucket.width,
+        num_frames=bucket.num_frames if command.num_frames is None else command.num_frames,
+        height=bucket.height if command.height is None else command.height,
+        width=bucket.width if command.width is None else command.width,
         seed=config.sampling.seed if command.seed is None else command.seed,
     )
 
