@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from longtake.training.throughput import Throughput
 
@@ -43,11 +44,13 @@ class ProgressBar:
         self._is_live = is_shown and self._console.is_terminal
         self._total = total_steps
         self._bar = Progress(
-            TextColumn("[bold]train"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[report]}"),
-            TimeElapsedColumn(),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            # On a narrow terminal it is the bar that gives way, then the end of the report.
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=2)),
+            TextColumn(
+                "{task.fields[report]}", table_column=Column(no_wrap=True, overflow="ellipsis")
+            ),
             console=self._console,
             disable=not self._is_live,
             expand=True,
