@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _program(name)(rest)
+    except KeyboardInterrupt:
+        return 130
     except Exception as error:
         status = _status(error)
         if status is None:
@@ -64,6 +66,8 @@ def _status(error: Exception) -> int | None:
         return 2
     if isinstance(error, ImportError):
         return 2 if "pip install" in str(error) else None
+    if isinstance(error, OSError) and error.filename is not None:
+        return 2
     if isinstance(error, (ValueError, OSError)):
         # Raised by our own checks, not somewhere inside a library.
         frames = traceback.extract_tb(error.__traceback__)

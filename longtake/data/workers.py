@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from longtake.data.reader import Reader, Request
+
+_STOP_GRACE_SECONDS = 20
 
 
 class LoaderError(RuntimeError):
@@ -30,6 +33,7 @@ def run_workers(reader: Reader, requests: Iterator[Request], *, pin_memory: bool
             "num_workers": config.num_workers,
             "prefetch_factor": config.prefetch_batches,
             "timeout": config.worker_timeout_seconds,
+            "worker_init_fn": _outlive_a_stop,
         }
     loader = DataLoader(
         reader,
@@ -50,6 +54,13 @@ def run_workers(reader: Reader, requests: Iterator[Request], *, pin_memory: bool
         except RuntimeError as error:
             raise _blame(error, reader) from error
         yield result
+
+
+def _outlive_a_stop(worker: int) -> None:
+    """A scheduler or a terminal that stops a run signals all its processes. The one that trains
+    still wants batches until it has saved, so a worker ends only some time later."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_STOP_GRACE_SECONDS))
 
 
 def _blame(error: RuntimeError, reader: Reader) -> RuntimeError:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -49,9 +50,9 @@ def make_clips(folder: Path) -> Path:
     rows = []
     for index in range(NUM_CLIPS):
         frames = []
-        for time in range(NUM_FRAMES):
+        for moment in range(NUM_FRAMES):
             frame = np.full((SIDE, SIDE, 3), 30 + 40 * index, np.uint8)
-            top, left = 2 + 8 * index, 2 * time
+            top, left = 2 + 8 * index, 2 * moment
             frame[top : top + 10, left : left + 10] = (220, 60 + 60 * index, 30)
             frames.append(frame)
         name = f"clip{index}.mp4"
@@ -171,8 +172,13 @@ def _run(arguments: list[str], options: dict[str, Any]) -> Outcome:
         step = loaders[-1].state.step
         keys = zip(batch.epochs_B.tolist(), batch.sample_ids_B.tolist(), strict=True)
         batches.setdefault(step, []).extend(keys)
+        if step == options.get("workers_stopped_at"):
+            # From outside: a worker takes a signal of its parent for an order to end.
+            workers = [str(worker.pid) for worker in multiprocessing.active_children()]
+            subprocess.run(["kill", "-TERM", *workers], check=bool(workers))
         at, number = options.get("signal_at", (-1, 0))
-        if step == at:
+        if step == at and options.get("signal_rank", 0) == int(os.environ["RANK"]):
+            del options["signal_at"]
             os.kill(os.getpid(), number)
         return encode_batch(batch, **kwargs)
 

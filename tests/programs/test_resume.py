@@ -144,6 +144,29 @@ def test_two_processes_resume_on_one_and_four(tmp_path, manifest):
         assert resumed == pytest.approx(expected, rel=1e-5)
 
 
+def test_signal_to_one_of_two_processes_stops_both(tmp_path, manifest):
+    config = _parallel_config(tmp_path, manifest, 6)
+    arguments = ["train", "--config", save_config(config)]
+    stopped = longtake_in(2, *arguments, signal_at=(2, int(signal.SIGUSR1)), signal_rank=1)
+    assert [outcome.status for outcome in stopped] == [75, 75], stopped[0].err
+    assert (run_folder(config) / "checkpoints/step-2/manifest.json").exists()
+    assert stopped[0].batches.keys() == {1, 2}
+
+
+def test_signal_to_all_processes_of_a_run_leaves_it_its_workers(tmp_path, manifest):
+    config = _parallel_config(tmp_path, manifest, 6)
+    config = replace(
+        config,
+        data=replace(config.data, num_workers=2),
+        train=replace(config.train, accumulation=4),
+    )
+    arguments = ["train", "--config", save_config(config)]
+    # The workers hear of it first, and there is more to read than they have prepared.
+    stopped = longtake(*arguments, workers_stopped_at=1, signal_at=(4, int(signal.SIGTERM)))
+    assert stopped.status == 75, stopped.err
+    assert (run_folder(config) / "checkpoints/step-4/manifest.json").exists()
+
+
 def test_accumulation_changes_no_loss(tmp_path, manifest):
     config = _parallel_config(tmp_path, manifest, 4)
     whole = train(config)
