@@ -10,11 +10,15 @@ Letters: T frames, C channels, H W height and width.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 # swscale's BICUBIC | ACCURATE_RND | FULL_CHR_H_INT | FULL_CHR_H_INP, as numbers: PyAV 17 does not
@@ -67,11 +71,23 @@ def scale_frame(frame: av.VideoFrame, height: int, width: int) -> Tensor:
 
     Needs PyAV 17: version 16 converts BT.709 video as if it were BT.601.
     """
-    # One thread: each loader worker would otherwise start one per core.
-    scaled_HWC = frame.to_ndarray(
-        width=width, height=height, format="rgb24", interpolation=SCALING, threads=1
-    )
-    return torch.from_numpy(np.ascontiguousarray(scaled_HWC)).permute(2, 0, 1)
+    scaled = reformat(frame, width=width, height=height, format="rgb24")
+    return torch.from_numpy(np.ascontiguousarray(scaled.to_ndarray())).permute(2, 0, 1)
+
+
+def reformat(frame: av.VideoFrame, **changes: Any) -> av.VideoFrame:
+    """A frame of another size, format or colour space, by the scaling above.
+
+    Through a scaler of this process's own, on one thread. PyAV 19 keeps one scaler per Python
+    thread, with a pool of threads once anyone has asked for them; a loader worker forked from such
+    a process inherits the scaler but not its threads, and waits for them for ever.
+    """
+    return _own_scaler(os.getpid()).reformat(frame, interpolation=SCALING, threads=1, **changes)
+
+
+@lru_cache(maxsize=1)
+def _own_scaler(process_id: int) -> VideoReformatter:
+    return VideoReformatter()
 
 
 def upright(pixels_CHW: Tensor, turns: int) -> Tensor:

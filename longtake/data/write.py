@@ -21,7 +21,7 @@ from av.video.reformatter import Colorspace
 from PIL import Image
 from torch import Tensor
 
-from longtake.data.transforms import SCALING
+from longtake.data.transforms import reformat
 
 _BT709 = 1
 
@@ -56,9 +56,7 @@ def write_video(path: str | os.PathLike[str], pixels_TCHW: Tensor, fps: float) -
         stream.codec_context.color_trc = _BT709
         for frame_HWC in frames_THWC:
             rgb = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")
-            frame = rgb.reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, interpolation=SCALING
-            )
+            frame = reformat(rgb, format="yuv420p", dst_colorspace=Colorspace.ITU709)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 

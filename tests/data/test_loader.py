@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ from longtake.data import (
     TooManyBadSamples,
     build_loader,
     validation_batches,
+    write_video,
 )
 from longtake.data import reader as reader_module
 from tests.data.media import make_video, write_jsonl
@@ -323,3 +325,22 @@ def test_bad_records_are_one_safe_line() -> None:
 
     record = bad_sample(3, 4, MediaError("a\x1b[31m.mp4", "unreadable", "line\nbreak"))
     assert str(record) == "a?[31m.mp4 (line 4): line?break [unreadable]"
+
+
+def test_workers_decode_after_the_parent_used_a_threaded_scaler(tmp_path):
+    """A scaler's threads do not survive a fork; workers must not wait for the parent's."""
+    clip = tmp_path / "clip.mp4"
+    write_video(clip, torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8), fps=8)
+    manifest = tmp_path / "clips.jsonl"
+    manifest.write_text('{"path": "clip.mp4"}\n')
+    with av.open(str(clip)) as container:
+        for frame in container.decode(video=0):
+            frame.reformat(width=32, height=32, format="rgb24", threads=4)
+    config = DataConfig(
+        manifest=str(manifest),
+        buckets=(Bucket(num_frames=4, height=32, width=32, batch_size=2),),
+        num_workers=2,
+        worker_timeout_seconds=20,
+    )
+    batches = next(iter(build_loader(config, seed=0)))
+    assert batches[0].pixels_BCTHW.shape == (2, 3, 4, 32, 32)
