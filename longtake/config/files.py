@@ -21,6 +21,19 @@ from cattrs.errors import (
 _Config = TypeVar("_Config")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML, except that a key given twice is a mistake, not a change of mind."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key, (place, _) in zip(keys, node.value, strict=True):
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", place.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(path: str | Path, kind: type[_Config]) -> _Config:
     """Read a configuration file into its dataclass; keys left out keep their defaults.
 
@@ -28,7 +41,7 @@ def load_yaml(path: str | Path, kind: type[_Config]) -> _Config:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
+            values = yaml.load(file, _UniqueKeys)
     except OSError as error:
         raise ValueError(f"config file {path}: {error.strerror}") from None
     except yaml.YAMLError as error:

@@ -106,6 +106,12 @@ class RunConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
+    def __post_init__(self) -> None:
+        if not self.name or self.name in (".", "..") or not self.name.isprintable():
+            raise ValueError(f"name={self.name!r} must be the name of a folder")
+        if "/" in self.name:
+            raise ValueError(f"name={self.name!r} must not be a path: put folders into output")
+
     @property
     def uses_random_encoders(self) -> bool:
         """Whether an encoder has random weights in place of pretrained ones: only a benchmark."""

@@ -56,7 +56,13 @@ def _check(config: ModelConfig) -> None:
         raise ValueError(
             f"model name={config.name!r} does not exist: use one of {', '.join(MODELS)}"
         )
-    _, hidden_size, num_heads = config.dimensions
+    depth, hidden_size, num_heads = config.dimensions
+    sizes = {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads}
+    for name in ("in_channels", "num_classes", "caption_channels", "max_caption_tokens"):
+        sizes[name] = getattr(config, name)
+    for name, size in (*sizes.items(), ("patch_size", min(config.patch_size))):
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1")
     if hidden_size % num_heads:
         raise ValueError(f"num_heads={num_heads} must divide hidden_size={hidden_size}")
     if hidden_size % 4:

@@ -40,6 +40,8 @@ def _with(path, value):
         (["sampling", "every_steps"], -1, "sampling.every_steps=-1 must be at least 0"),
         (["sampling", "frames_per_second"], 0.0, "frames_per_second=0.0 must be above 0"),
         (["train", "condition_dropout"], 1.0, "train.condition_dropout=1.0 must be in [0, 1)"),
+        (["name"], "a/b", "name='a/b' must not be a path"),
+        (["name"], "", "name='' must be the name of a folder"),
         (["model"], None, "model: expected keys below it"),
         (["data", "buckets"], 5, "data.buckets: expected keys below it, or a list"),
         (["parallel", "compile"], "yes", "parallel.compile: expected bool, got 'yes'"),
@@ -78,6 +80,8 @@ def test_numbers_are_read_as_people_write_them():
     [
         ("- a\n- b\n", "must be a mapping of keys, got list"),
         ("a: [\n", "is not YAML"),
+        ("train: {steps: 3}\nseed: 1\ntrain: {steps: 4}\n", "key 'train' is given twice"),
+        ("train: {steps: 3, steps: 4}\n", "key 'steps' is given twice"),
         ("a: !!python/object:os.system {}\n", "is not YAML"),
     ],
 )

@@ -8,7 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -233,7 +234,9 @@ def read_tensors(run: Path) -> dict[str, torch.Tensor]:
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.metadata.state_dict_metadata.items()
     }
-    load(tensors, storage_reader=reader, planner=SafePlanner(), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        load(tensors, storage_reader=reader, planner=SafePlanner(), no_dist=True)
     return tensors
 
 
@@ -248,6 +251,3 @@ def assert_same_bits(first: Path, second: Path) -> None:
 def python_m_longtake(*arguments: object) -> list[str]:
     """The command line of a real interpreter."""
     return [sys.executable, "-m", "longtake", *map(str, arguments)]
-
-
-Before = Callable[[], None]

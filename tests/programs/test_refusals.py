@@ -73,6 +73,9 @@ REFUSALS = {
     ),
     "sampled label": (LABELS, ["--sampling.labels", "0", "3"], "has 3: labels go from 0 to 2"),
     "heads": (TEXT, ["--model.num-heads", "5"], "num_heads=5 must divide hidden_size=32"),
+    "depth": (TEXT, ["--model.depth", "0"], "depth=0 must be at least 1"),
+    "patch": (TEXT, ["--model.patch-size", "1", "0", "2"], "patch_size=0 must be at least 1"),
+    "latent channels": (TEXT, ["--model.in-channels", "0"], "in_channels=0 must be at least 1"),
     "sequence parallel": (TEXT, ["--parallel.sp", "2"], "sp=2"),
     "weights": (TEXT, ["--train.init-from", "no.safetensors"], "no.safetensors"),
     "decay": (
