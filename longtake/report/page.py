@@ -84,7 +84,8 @@ def _page(folder: Path, records: list[dict[str, Any]], record: dict[str, Any], c
 def _subtitle(record: dict[str, Any]) -> str:
     model = record["model"]
     device = record["environment"]["device"]
-    where = device.get("name") or f"CPU, {device['threads']} threads"
+    threads = device.get("threads")
+    where = device.get("name") or f"CPU, {threads} thread{'' if threads == 1 else 's'}"
     started = record["environment"]["started"].replace("T", " ").replace("Z", " UTC")
     return f"{model['name']} · {model['parameters'] / 1e6:,.1f} M parameters · {where} · {started}"
 
@@ -107,7 +108,7 @@ def _figures(records: list[dict[str, Any]], record: dict[str, Any]) -> str:
         change = held_out[-1] / held_out[0] - 1
         mark = "good" if change < 0 else "bad"
         figures.append(("", f"{held_out[0]:.2f} → {held_out[-1]:.2f}", "held-out loss"))
-        figures.append((mark, f"{change:+.0%}".replace("-", "−"), "held-out loss, start to end"))
+        figures.append((mark, f"{change:+.0%}".replace("-", "−"), "held-out loss, change"))
     figures.append(("", f"{record.get('steps_done', 0):,}", "steps"))
     for label, values, digits in (("samples/s", samples, 1), ("tokens/s", tokens, 0)):
         if values:
