@@ -72,7 +72,7 @@ def test_every_clip_is_one_whole_shot(clips: Path) -> None:
 
 
 def test_clips_show_the_frames_that_their_names_say(clips: Path) -> None:
-    first = read_clip(clips / "bikes-076-118-144p.mp4", num_frames=1).float()
+    first = read_clip(clips / "bikes-076-118-96p.mp4", num_frames=1).float()
     video = _package_videos() / "bikes.mp4"
     source = read_clip(video, num_frames=78, fit=Fit(*first.shape[-2:])).float()
     errors = (source - first).abs().mean(dim=(1, 2, 3))
