@@ -4,8 +4,10 @@ from longtake.config.checks import check_conditions, check_parts
 from longtake.config.command_line import TrainCommand, parse_train, with_encoder_weights
 from longtake.config.files import dump_yaml, from_plain, load_yaml, to_plain
 from longtake.config.presets import PRESETS, preset
+from longtake.config.record import run_record
 from longtake.config.resume import changes
 from longtake.config.run import RunConfig, SamplingConfig, TrainConfig, ValidationConfig
+from longtake.config.work import throughput_meter, work_of_step
 
 __all__ = [
     "PRESETS",
@@ -22,6 +24,9 @@ __all__ = [
     "load_yaml",
     "parse_train",
     "preset",
+    "run_record",
+    "throughput_meter",
     "to_plain",
     "with_encoder_weights",
+    "work_of_step",
 ]

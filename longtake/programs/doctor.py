@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from longtake.config import RunConfig, load_yaml, preset
@@ -197,7 +198,7 @@ def _table(title: str, findings: list[_Finding]) -> Table:
     marks = {True: "[green]ok[/]", False: "[red]wrong[/]", None: "[dim]absent[/]"}
     table = Table(title=title, title_justify="left", show_header=False)
     for finding in findings:
-        table.add_row(marks[finding.ok], finding.subject, finding.text)
+        table.add_row(marks[finding.ok], finding.subject, escape(finding.text))
     return table
 
 

@@ -27,7 +27,10 @@ from longtake.config import (
     dump_yaml,
     load_yaml,
     parse_train,
+    run_record,
+    throughput_meter,
     to_plain,
+    work_of_step,
 )
 from longtake.data import (
     BadSample,
@@ -62,8 +65,6 @@ from longtake.pipeline import (
     validation_loss,
     write_clips,
 )
-from longtake.programs.run_record import run_record
-from longtake.programs.speed import speed_metrics, throughput_meter, work_of_step
 from longtake.report import write_report
 from longtake.training import (
     STOPPED_EXIT_CODE,
@@ -82,6 +83,7 @@ from longtake.training import (
     hold_run_folder,
     learning_rate,
     show_log,
+    speed_metrics,
 )
 from longtake.weights import load_public, read_state_dict
 

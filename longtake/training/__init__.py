@@ -23,7 +23,7 @@ from longtake.training.progress import ProgressBar, show_log
 from longtake.training.run_folder import RunFolder, environment, find_checkpoint
 from longtake.training.schedule import ScheduleConfig, learning_rate
 from longtake.training.stop import STOPPED_EXIT_CODE, StopRequest
-from longtake.training.throughput import Throughput, ThroughputMeter
+from longtake.training.throughput import Throughput, ThroughputMeter, speed_metrics
 
 __all__ = [
     "STOPPED_EXIT_CODE",
@@ -56,4 +56,5 @@ __all__ = [
     "load_weights_for_inference",
     "read_metrics",
     "show_log",
+    "speed_metrics",
 ]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Throughput:
@@ -83,3 +85,19 @@ class ThroughputMeter:
         self._paused = 0.0
         self._steps = self._samples = self._tokens = 0
         self._flops: float | None = 0.0
+
+
+def speed_metrics(speed: Throughput, device: torch.device) -> dict[str, float]:
+    """Speeds and peak memory, under their names in the metrics."""
+    values = {
+        "speed/step_seconds": speed.step_seconds,
+        "speed/samples_per_second": speed.samples_per_second,
+        "speed/tokens_per_second": speed.tokens_per_second,
+        "speed/tokens_per_second_per_device": speed.tokens_per_second_per_device,
+    }
+    if speed.mfu is not None:
+        values["speed/mfu"] = speed.mfu
+    if device.type == "cuda":
+        values["memory/peak_allocated_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        values["memory/peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
+    return values

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from longtake.config import RunConfig
+from longtake.config.run import RunConfig
 from longtake.data import Manifest
 from longtake.encoders import TextEncoder, VideoEncoder
 from longtake.models import Model

@@ -1,4 +1,4 @@
-"""What a step amounts to in samples, tokens and FLOPs, and the speeds that follow from it."""
+"""What a step of a run amounts to in samples, tokens and FLOPs, and the meter that counts it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import TypedDict
 
 import torch
 
-from longtake.config import RunConfig
+from longtake.config.run import RunConfig
 from longtake.data import Bucket
 from longtake.encoders import VideoEncoder
 from longtake.parallel import Mesh, compute_dtype
 from longtake.planning import forward_macs, peak_bf16_flops, token_grid, training_flops
-from longtake.training import Throughput, ThroughputMeter
+from longtake.training import ThroughputMeter
 
 
 class Work(TypedDict):
@@ -54,19 +54,3 @@ def throughput_meter(config: RunConfig, mesh: Mesh) -> ThroughputMeter:
         num_devices=mesh.world_size,
         peak_flops_per_second=peak,
     )
-
-
-def speed_metrics(speed: Throughput, device: torch.device) -> dict[str, float]:
-    """Speeds and peak memory, under their names in the metrics."""
-    values = {
-        "speed/step_seconds": speed.step_seconds,
-        "speed/samples_per_second": speed.samples_per_second,
-        "speed/tokens_per_second": speed.tokens_per_second,
-        "speed/tokens_per_second_per_device": speed.tokens_per_second_per_device,
-    }
-    if speed.mfu is not None:
-        values["speed/mfu"] = speed.mfu
-    if device.type == "cuda":
-        values["memory/peak_allocated_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        values["memory/peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
-    return values
