@@ -44,13 +44,14 @@ def quickstart() -> RunConfig:
         data=DataConfig(
             manifest=f"{QUICKSTART_CLIPS}/train.jsonl",
             buckets=(Bucket(num_frames=8, height=64, width=96, batch_size=8),),
+            frame_interval=2,
             num_workers=0,
         ),
-        video_encoder=VideoEncoderConfig(kind="dct", dct_whitening=0.15),
+        video_encoder=VideoEncoderConfig(kind="dct", dct_whitening=0.3),
         text_encoder=TextEncoderConfig(kind="hashed-words", channels=64, max_tokens=24),
-        train=TrainConfig(steps=900),
+        train=TrainConfig(steps=800),
         optimizer=OptimizerConfig(lr=4e-3, betas=(0.9, 0.99)),
-        schedule=ScheduleConfig(warmup_steps=50, shape="cosine"),
+        schedule=ScheduleConfig(warmup_steps=50),
         ema=EmaConfig(decay=0.99),
         validation=ValidationConfig(manifest=f"{QUICKSTART_CLIPS}/heldout.jsonl", every_steps=100),
         sampling=SamplingConfig(
@@ -58,7 +59,7 @@ def quickstart() -> RunConfig:
                 "A big grey cartoon rabbit stretches its arms on a green meadow",
                 "A man in a dark suit and a red bow tie talks in the back of a car",
                 "Cars drive along a street of brick houses behind a green metal fence",
-                "A white bus drives along a grey road, its roof seen from straight above",
+                "A man in a red bow tie tilts his head and talks in the back of a car",
             ),
             sampler=SamplerConfig(name="euler", steps=30, guidance_scale=1.3),
             frames_per_second=8.0,  # slower than life: eight frames would be over at once

@@ -33,7 +33,6 @@ _BIKES, _RABBIT, _CAR = "bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4"
 # file, label, first frame, frame after the last, caption
 _TRAIN = (
     (_BIKES, 0, 0, 30, "A white bus drives along a grey road, its roof seen from straight above"),
-    (_BIKES, 1, 30, 76, "A cyclist in a dark suit and then a taxi pass a row of parked cars"),
     (_BIKES, 2, 76, 118, "Cars and a van rush past a waiting cyclist behind a dark car"),
     (_BIKES, 3, 137, 169, "Cars drive along a street of brick houses behind a green metal fence"),
     (_BIKES, 4, 187, 223, "A man in black trousers walks past a bicycle parked at a stone wall"),
@@ -41,6 +40,7 @@ _TRAIN = (
     (_RABBIT, 5, 50, 110, "A big grey cartoon rabbit stretches its arms on a green meadow"),
     (_CAR, 6, 0, 51, "A man in a dark suit and a red bow tie talks in the back of a car"),
     (_CAR, 6, 51, 95, "A man in a red bow tie tilts his head and talks in the back of a car"),
+    (_BIKES, 1, 30, 76, "A cyclist in a dark suit and then a taxi pass a row of parked cars"),
 )
 _HELDOUT = (
     (_BIKES, 2, 118, 137, "A cyclist in a helmet waits at a bus stop behind a dark car"),
