@@ -33,7 +33,7 @@ def quickstart() -> RunConfig:
         model=ModelConfig(
             name="stdit2",
             size="tiny",
-            in_channels=24,
+            in_channels=16,
             learn_sigma=False,
             caption_channels=64,
             max_caption_tokens=24,
@@ -47,7 +47,10 @@ def quickstart() -> RunConfig:
             frame_interval=2,
             num_workers=0,
         ),
-        video_encoder=VideoEncoderConfig(kind="dct", dct_whitening=0.3),
+        # Few channels: at high noise a token copies its 2x2x16 noise values through 128 channels.
+        video_encoder=VideoEncoderConfig(
+            kind="dct", dct_luma_channels=10, dct_chroma_channels=3, dct_whitening=0.3
+        ),
         text_encoder=TextEncoderConfig(kind="hashed-words", channels=64, max_tokens=24),
         train=TrainConfig(steps=800),
         optimizer=OptimizerConfig(lr=4e-3, betas=(0.9, 0.99)),
