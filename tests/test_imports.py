@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": {"models"},
     "training": {"parallel", "planning"},
     "pipeline": {"data", "diffusion", "encoders"},
-    "report": set(),
+    "report": {"training"},
     "config": {
         "data",
         "diffusion",

@@ -94,11 +94,6 @@ class Loader:
         """The samples that failed so far in this process, each once, in order of first failure."""
         return list(self._bad.values())
 
-    @property
-    def num_replaced(self) -> int:
-        """How often a sample failed and another took its place."""
-        return self._replaced
-
     def __iter__(self) -> Iterator[list[Batch]]:
         reader = TrainingReader(self._config, self.manifest, self.pools, self._seed)
         requests = _requests(self._config, self._shares, self._seed, self.state)

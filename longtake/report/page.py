@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from longtake.report.plot import plot_loss, read_metrics, series
+from longtake.report.plot import plot_loss, series
+from longtake.training import read_metrics
 
 # Colours follow the reader's light or dark setting; nothing is fetched from anywhere.
 _STYLE = """
@@ -51,7 +52,7 @@ _MIME = {".mp4": "video/mp4", ".png": "image/png"}
 
 def write_report(folder: Path) -> Path:
     """Write `loss.png` and `report.html` from what a run's folder holds; the page's path."""
-    records = read_metrics(folder / "metrics.jsonl")
+    records = read_metrics(folder)
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     config = (folder / "config.yaml").read_text(encoding="utf-8")
     plot_loss(records, folder / "loss.png")

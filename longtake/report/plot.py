@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 # Transparent, and in colours that read on white as on black.
 _TEXT, _PALE, _STRONG = "#7a848e", "#8fadc4", "#d0533f"
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file, oldest first; a half-written last line is left out."""
-    records = []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-    return records
 
 
 def series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from longtake.parallel import gather_json
+from longtake.training.json_lines import json_line, read_json_lines, replace_json_lines
 
 log = logging.getLogger(__name__)
 
@@ -23,17 +22,17 @@ class BadSampleLog:
         self._known: set[tuple[str, int]] = set()
         if not is_writer or not path.exists():
             return
-        kept = [entry for entry in _read(path) if first_step and entry["step"] <= first_step]
+        lines = read_json_lines(path)
+        kept = [entry for entry in lines if first_step and entry["step"] <= first_step]
         self._known = {_identity(entry) for entry in kept}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
-        os.replace(temporary, path)
+        replace_json_lines(path, kept)
 
     def note(self, step: int, manifest: Path, samples: Sequence[Mapping[str, Any]]) -> int:
         """Writes down those that are new; all processes call it together. Returns how many there
         are in all, right in the process that writes."""
         entries = [{"step": step, "manifest": str(manifest), **sample} for sample in samples]
-        gathered = gather_json(entries)
+        # Only what this process has not heard of travels: the list of a long run may be long.
+        gathered = gather_json([entry for entry in entries if _identity(entry) not in self._known])
         news = []
         for entry in (entry for part in gathered for entry in part):
             if _identity(entry) not in self._known:
@@ -41,7 +40,7 @@ class BadSampleLog:
                 news.append(entry)
         if self._is_writer and news:
             with open(self._path, "a", encoding="utf-8") as file:
-                file.write("".join(map(_line, news)))
+                file.write("".join(map(json_line, news)))
             for entry in news:
                 log.warning("unreadable: %s: %s", entry["path"], entry["text"])
         return len(self._known)
@@ -49,18 +48,3 @@ class BadSampleLog:
 
 def _identity(entry: Mapping[str, Any]) -> tuple[str, int]:
     return entry["manifest"], entry["line"]
-
-
-def _line(entry: Mapping[str, Any]) -> str:
-    return json.dumps(entry, ensure_ascii=False) + "\n"
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """All complete lines; a last one cut off by a crash is left out."""
-    entries = []
-    for text in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            entries.append(json.loads(text))
-        except ValueError:
-            break
-    return entries

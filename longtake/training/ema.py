@@ -48,13 +48,6 @@ class Ema:
         }
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Starts again from the model's weights; for weights that were read after the average was
-        made."""
-        for average, param in self._pairs():
-            average.copy_(param)
-
-    @torch.no_grad()
     def update(self, step: int, applied: Tensor | None = None) -> None:
         """Moves the averages towards the weights after update number `step`, counted from 0.
 

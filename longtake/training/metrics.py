@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from longtake.training.json_lines import json_line, read_json_lines, replace_json_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class MetricsLog:
         assert self._file is not None
         # JSON has no word for NaN and infinity.
         finite = {key: value if _is_finite(value) else None for key, value in line.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.write(json_line(finite))
         self._file.flush()
         numbers = {key: value for key, value in line.items() if key not in ("step", "time")}
         if self._tensorboard is not None:
@@ -133,14 +133,8 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All complete lines of a run folder's metrics; a last line cut off by a crash is left out."""
-    lines = []
-    for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+    """All complete lines of a run folder's metrics."""
+    return read_json_lines(folder / "metrics.jsonl")
 
 
 def _is_finite(value: Any) -> bool:
@@ -157,12 +151,9 @@ def _fetch(line: dict[str, Any], on_device: dict[str, Tensor]) -> _Pending:
 
 
 def _truncate(path: Path, *, last_step: int) -> None:
-    if not path.exists():
-        return
-    kept = [line for line in read_metrics(path.parent) if last_step and line["step"] <= last_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    if path.exists():
+        lines = read_json_lines(path)
+        replace_json_lines(path, [x for x in lines if last_step and x["step"] <= last_step])
 
 
 def _open_tensorboard(folder: Path, config: MetricsConfig, first_step: int) -> Any:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from longtake.planning import model_flops_utilization
+
 
 @dataclass(frozen=True)
 class Throughput:
@@ -67,8 +69,13 @@ class ThroughputMeter:
         assert self._steps > 0, "nothing was added since the last report"
         seconds = max(self._clock() - self._start - self._paused, 1e-9)
         mfu = None
-        if self._flops is not None and self._peak is not None:
-            mfu = self._flops / seconds / (self._peak * self._num_devices)
+        if self._flops is not None:
+            mfu = model_flops_utilization(
+                flops_per_sample=self._flops / self._samples,
+                samples_per_second=self._samples / seconds,
+                num_gpus=self._num_devices,
+                peak_flops=self._peak,
+            )
         result = Throughput(
             step_seconds=seconds / self._steps,
             samples_per_second=self._samples / seconds,

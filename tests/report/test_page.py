@@ -13,7 +13,8 @@ import torch
 
 from longtake.pipeline import write_clips
 from longtake.report import write_report
-from longtake.report.plot import read_metrics, series
+from longtake.report.plot import series
+from longtake.training import read_metrics
 
 CAPTION = "A <b>rabbit</b> & 'friends' \"</figcaption><script>alert(1)</script>"
 
@@ -139,7 +140,7 @@ def test_a_half_written_last_line_is_left_out(tmp_path: Path, tail: str) -> None
     folder = _run(tmp_path / "run", clips=False)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(tail)
-    records = read_metrics(folder / "metrics.jsonl")
+    records = read_metrics(folder)
     assert [record["step"] for record in records] == [0, 10, 20, 20]
     assert series(records, "train/loss") == ([10], [1.5]), "a value that was not finite is no point"
     write_report(folder)
