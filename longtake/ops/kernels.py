@@ -1,0 +1,161 @@
+"""Which implementation each operation takes: the one place that picks.
+
+The rule goes by device, dtype and shape, and is the same at every call. A user can insist on one
+(`KernelConfig`); one that cannot run is then an error. An implementation that failed its check on
+this machine (`longtake.ops.numerics`) is ruled out for the process, and "auto" goes on to the next.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from longtake.ops.triton_language import has_triton
+
+Elementwise = Literal["triton", "reference"]
+AttentionBackend = Literal["triton", "fa4", "cudnn", "sdpa", "reference"]
+Kind = Literal["self_attention", "temporal_attention", "cross_attention"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """Implementations by name, or "auto": the fastest that this machine's check has passed."""
+
+    elementwise: Literal["auto", "triton", "reference"] = "auto"
+    """Norm and modulation, gate and residual, GELU, and the optimizer's update."""
+    self_attention: Literal["auto", "triton", "fa4", "cudnn", "sdpa", "reference"] = "auto"
+    """Of all tokens, or of those of a frame."""
+    temporal_attention: Literal["auto", "triton", "fa4", "cudnn", "sdpa", "reference"] = "auto"
+    """Of the frames at one place."""
+    cross_attention: Literal["auto", "triton", "sdpa", "reference"] = "auto"
+    """Of tokens to text."""
+
+
+PLAIN = KernelConfig(
+    elementwise="reference",
+    self_attention="reference",
+    temporal_attention="reference",
+    cross_attention="reference",
+)
+"""Plain torch with explicit softmax: what everything else is measured and checked against."""
+
+# What the packed temporal kernel keeps in one tile, and the most text tokens that stay on chip.
+MAX_PACKED_FRAMES = 64
+MAX_TEXT_TOKENS = 256
+# From this many keys on, FlashAttention-4's faster inner loop outweighs padding heads for it.
+MIN_FA4_KEYS = 2048
+
+_config = KernelConfig()
+_ruled_out: dict[tuple[str, str], str] = {}
+
+
+def use_kernels(config: KernelConfig) -> None:
+    """Sets the choices of this process; call it before the first forward."""
+    global _config
+    _config = config
+
+
+def current_kernels() -> KernelConfig:
+    """What `use_kernels` set."""
+    return _config
+
+
+@contextmanager
+def kernels_as(config: KernelConfig) -> Iterator[None]:
+    """These choices within the context."""
+    before = _config
+    use_kernels(config)
+    try:
+        yield
+    finally:
+        use_kernels(before)
+
+
+def rule_out(operation: str, name: str, reason: str) -> None:
+    """Keeps "auto" from an implementation that failed its check here."""
+    _ruled_out[operation, name] = reason
+
+
+def ruled_out() -> dict[tuple[str, str], str]:
+    """The reasons by (operation, name)."""
+    return dict(_ruled_out)
+
+
+def elementwise(x: torch.Tensor) -> Elementwise:
+    """The implementation of an element-wise operation on this tensor."""
+    if _config.elementwise != "auto":
+        return _config.elementwise
+    is_fast = runs_triton(x.device) and ("elementwise", "triton") not in _ruled_out
+    return "triton" if is_fast else "reference"
+
+
+def attention_backend(
+    kind: Kind, *, keys: int, head_size: int, dtype: torch.dtype, device: torch.device
+) -> AttentionBackend:
+    """The implementation of an attention with this many keys (for temporal: frames)."""
+    asked = getattr(_config, kind)
+    if asked != "auto":
+        return asked
+    for name in _candidates(kind, keys=keys, head_size=head_size, dtype=dtype, device=device):
+        if (kind, name) not in _ruled_out:
+            return name
+    return "reference"
+
+
+def _candidates(
+    kind: Kind, *, keys: int, head_size: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[AttentionBackend]:
+    """From the fastest, as far as measured; docs/benchmarks has the figures."""
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    if runs_triton(device):
+        if kind == "temporal_attention" and keys <= MAX_PACKED_FRAMES:
+            yield "triton"
+        if kind == "cross_attention" and keys <= MAX_TEXT_TOKENS:
+            yield "triton"
+    if kind != "cross_attention" and device.type == "cuda" and is_half:
+        if keys >= MIN_FA4_KEYS and has_fa4():
+            yield "fa4"
+        if head_size % 8 == 0 and head_size <= 128 and has_cudnn_attention(device):
+            yield "cudnn"
+    yield "sdpa"
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether our Triton kernels can be launched on tensors of this device."""
+    return has_triton and device.type == "cuda"
+
+
+def is_interpreted() -> bool:
+    """Whether Triton kernels are interpreted, which runs them on CPU tensors."""
+    return has_triton and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def has_cudnn_attention(device: torch.device) -> bool:
+    """cuDNN's fused attention needs Ampere or newer."""
+    return (
+        device.type == "cuda"
+        and torch.backends.cudnn.is_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+@functools.cache
+def has_fa4() -> bool:
+    """Whether FlashAttention-4 is installed; importing it takes seconds, so this only looks."""
+    return (
+        importlib.util.find_spec("flash_attn") is not None
+        and importlib.util.find_spec("flash_attn.cute") is not None
+    )
+
+
+def backends() -> tuple[str, ...]:
+    """All names of attention backends."""
+    return get_args(AttentionBackend)
