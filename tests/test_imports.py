@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "parallel": {"models"},
     "training": {"parallel", "planning"},
-    "pipeline": {"data", "diffusion", "encoders"},
+    "pipeline": {"data", "diffusion", "encoders", "parallel", "training"},
     "report": {"training"},
     "config": {
         "data",

@@ -8,6 +8,7 @@ from longtake.data import DataConfig
 from longtake.diffusion import DiffusionConfig, SamplerConfig
 from longtake.encoders import TextEncoderConfig, VideoEncoderConfig
 from longtake.models import ModelConfig
+from longtake.ops.kernels import KernelConfig
 from longtake.parallel import ParallelConfig
 from longtake.training import (
     CheckpointConfig,
@@ -105,6 +106,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
 
     def __post_init__(self) -> None:
         if not self.name or self.name in (".", "..") or not self.name.isprintable():

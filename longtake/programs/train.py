@@ -45,6 +45,7 @@ from longtake.data import (
 from longtake.diffusion import Objective, build_objective
 from longtake.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder
 from longtake.models import Model, build_model_from_config, init_weights
+from longtake.ops.kernels import use_kernels
 from longtake.parallel import (
     Mesh,
     build_mesh,
@@ -53,15 +54,15 @@ from longtake.parallel import (
     parallelize,
     start_distributed,
     stop_distributed,
-    sync_gradients,
     write_full,
 )
 from longtake.pipeline import (
     Inputs,
     Request,
+    Trainee,
     encode_batch,
     generate,
-    training_loss,
+    training_step,
     validation_loss,
     write_clips,
 )
@@ -77,9 +78,7 @@ from longtake.training import (
     RunFolder,
     SkippedUpdates,
     StopRequest,
-    apply_update,
     build_optimizer,
-    clip_gradients,
     hold_run_folder,
     learning_rate,
     show_log,
@@ -107,6 +106,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         at_exit.callback(stop_distributed)
         mesh = build_mesh(config.parallel, device)
         show_log(is_first=mesh.is_first)
+        use_kernels(config.kernels)
         folder = _open_folder(config, mesh, at_exit, fresh=fresh)
 
         manifest = open_manifest(config.data)
@@ -141,6 +141,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
             load_public(model, read_state_dict(config.train.init_from), write=write_full)
         optimizer = build_optimizer(model, config.optimizer)
         ema = Ema(model, config.ema)
+        trainee = Trainee(model=model, objective=objective, optimizer=optimizer, ema=ema)
 
         record = run_record(config, mesh, model, manifest, video_encoder, text_encoder)
         documents = {"config.yaml": dump_yaml(config), "run.json": json.dumps(record, indent=2)}
@@ -190,22 +191,20 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
 
         meter = throughput_meter(config, mesh)
         for micro_batches in islice(loader, max(0, config.train.steps - step)):
-            weight = 1 / len(micro_batches)
-            for batch in micro_batches:
-                sync_gradients(model, is_last=batch is micro_batches[-1])
-                inputs = encode(batch)
-                loss = training_loss(
-                    model, objective, inputs, condition_dropout=config.train.condition_dropout
-                ).mean()
-                (loss * weight).backward()
-                mean_loss.add(loss, weight=weight)
-            gradient_norm = clip_gradients(model, config.optimizer.clip_norm)
             lr = learning_rate(
                 step, config.schedule, peak=config.optimizer.lr, total_steps=config.train.steps
             )
-            applied = apply_update(optimizer, gradient_norm, lr=lr)
-            ema.update(step, applied)
-            skipped.add(applied)
+            result = training_step(
+                trainee,
+                map(encode, micro_batches),
+                num_micro_batches=len(micro_batches),
+                condition_dropout=config.train.condition_dropout,
+                clip_norm=config.optimizer.clip_norm,
+                lr=lr,
+                step=step,
+            )
+            mean_loss.add(result.loss)
+            skipped.add(result.applied)
 
             step = loader.state.step
             meter.add(**work[micro_batches[0].bucket])
@@ -217,7 +216,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
                     step,
                     {
                         "train/loss": mean_loss.report(),
-                        "train/gradient_norm": gradient_norm,
+                        "train/gradient_norm": result.gradient_norm,
                         "train/lr": lr,
                         "train/updates_skipped": skipped.total,
                         "data/samples_unreadable": bad_samples.note(

@@ -12,20 +12,20 @@ class MeanLoss:
     """Mean over steps and processes since the last report. Saved and restored with a checkpoint, so
     that a resumed run logs what the uninterrupted one would have."""
 
-    def __init__(self, device: torch.device, *, total: float = 0.0, steps: float = 0.0) -> None:
+    def __init__(self, device: torch.device, *, total: float = 0.0, steps: int = 0) -> None:
         self._total = torch.tensor(total, dtype=torch.float64, device=device)
         self._steps = steps
 
-    def add(self, loss: Tensor, *, weight: float) -> None:
-        """Counts a micro-batch's mean loss, which is `weight` of a step."""
-        self._total += loss.detach() * weight
-        self._steps += weight
+    def add(self, loss: Tensor) -> None:
+        """Counts one step's mean loss."""
+        self._total += loss.detach()
+        self._steps += 1
 
     def report(self) -> Tensor:
         """The mean, float32 (), after which counting begins anew. The host does not wait."""
         mean = mean_over_processes(self._total / self._steps).float()
         self._total.zero_()
-        self._steps = 0.0
+        self._steps = 0
         return mean
 
     def state_dict(self) -> dict[str, float]:
