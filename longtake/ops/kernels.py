@@ -90,12 +90,19 @@ def ruled_out() -> dict[tuple[str, str], str]:
 
 def elementwise(x: torch.Tensor) -> Elementwise:
     """The implementation of an element-wise operation on this tensor."""
+    return _elementwise(x.device)
+
+
+# A compiled graph takes the answer for a constant: what leads to it cannot be traced.
+@torch.compiler.assume_constant_result
+def _elementwise(device: torch.device) -> Elementwise:
     if _config.elementwise != "auto":
         return _config.elementwise
-    is_fast = runs_triton(x.device) and ("elementwise", "triton") not in _ruled_out
+    is_fast = runs_triton(device) and ("elementwise", "triton") not in _ruled_out
     return "triton" if is_fast else "reference"
 
 
+@torch.compiler.assume_constant_result
 def attention_backend(
     kind: Kind, *, keys: int, head_size: int, dtype: torch.dtype, device: torch.device
 ) -> AttentionBackend:
