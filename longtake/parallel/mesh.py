@@ -41,8 +41,9 @@ class ParallelConfig:
     """
     checkpointing: Literal["none", "full"] = "none"
     """Activation checkpointing: "full" keeps each block's input and recomputes the rest."""
-    reshard_after_forward: bool = True
-    """Free a block's gathered weights after its forward: less memory, one more all-gather."""
+    reshard_after_forward: bool | None = None
+    """Free a block's gathered weights after its forward: less memory, one more all-gather. None:
+    if weights are sharded at all, for a lone process would only cast them twice."""
     timeout_seconds: int = 300
     """How long a collective may wait before the run is given up as hung."""
 

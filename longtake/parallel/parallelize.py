@@ -29,7 +29,11 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
         blocks,
         mesh.fsdp_mesh,
         param_dtype=compute_dtype(config, mesh.device),
-        reshard_after_forward=config.reshard_after_forward,
+        reshard_after_forward=(
+            mesh.dp_shard > 1
+            if config.reshard_after_forward is None
+            else config.reshard_after_forward
+        ),
     )
     return model
 
