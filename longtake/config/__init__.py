@@ -1,13 +1,13 @@
 """What a run is: composed dataclasses, named presets, files and dotted overrides."""
 
 from longtake.config.checks import check_conditions, check_parts
-from longtake.config.command_line import TrainCommand, parse_train, with_encoder_weights
+from longtake.config.command_line import TrainCommand, parse_run, parse_train, with_encoder_weights
 from longtake.config.files import dump_yaml, from_plain, load_yaml, to_plain
 from longtake.config.presets import PRESETS, preset
 from longtake.config.record import run_record
 from longtake.config.resume import changes
 from longtake.config.run import RunConfig, SamplingConfig, TrainConfig, ValidationConfig
-from longtake.config.work import throughput_meter, work_of_step
+from longtake.config.work import Work, throughput_meter, work_of_latents, work_of_step
 
 __all__ = [
     "PRESETS",
@@ -16,17 +16,20 @@ __all__ = [
     "TrainCommand",
     "TrainConfig",
     "ValidationConfig",
+    "Work",
     "changes",
     "check_conditions",
     "check_parts",
     "dump_yaml",
     "from_plain",
     "load_yaml",
+    "parse_run",
     "parse_train",
     "preset",
     "run_record",
     "throughput_meter",
     "to_plain",
     "with_encoder_weights",
+    "work_of_latents",
     "work_of_step",
 ]

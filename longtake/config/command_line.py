@@ -16,6 +16,13 @@ from longtake.config.files import load_yaml
 from longtake.config.presets import PRESETS, preset
 from longtake.config.run import RunConfig
 
+_TRAIN = (
+    "Train a model. Start from --preset NAME or --config FILE, then override any key by its dotted "
+    "name. --encoder-weights random builds the encoders untrained, for benchmarks; --dry-run "
+    "prints the resolved configuration and stops; --fresh sets an existing run of that name aside "
+    "instead of resuming it."
+)
+
 
 @dataclass(frozen=True)
 class TrainCommand:
@@ -27,16 +34,28 @@ class TrainCommand:
 
 
 def parse_train(arguments: Sequence[str]) -> TrainCommand:
-    """Resolve `--preset` or `--config`, then apply the dotted overrides on top.
+    """Resolve the command line of `longtake train`.
 
     Raises: ValueError for what the user can mend; SystemExit(2) from the option parser itself.
     """
     base = argparse.ArgumentParser(prog="longtake train", add_help=False, allow_abbrev=False)
+    base.add_argument("--dry-run", action="store_true")
+    base.add_argument("--fresh", action="store_true")
+    chosen, rest = base.parse_known_args(list(arguments))
+    config = parse_run(rest, prog="longtake train", description=_TRAIN)
+    return TrainCommand(config=config, dry_run=chosen.dry_run, fresh=chosen.fresh)
+
+
+def parse_run(arguments: Sequence[str], *, prog: str, description: str) -> RunConfig:
+    """Resolve `--preset` or `--config`, then apply the dotted overrides on top.
+
+    `--set a.b=value` is another spelling of `--a.b value`. Raises as `parse_train`.
+    """
+    base = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     base.add_argument("--preset")
     base.add_argument("--config", help="a YAML file, for example a run's config.yaml")
     base.add_argument("--encoder-weights", choices=["pretrained", "random"])
-    base.add_argument("--dry-run", action="store_true")
-    base.add_argument("--fresh", action="store_true")
+    base.add_argument("--set", action="append", default=[])
     chosen, overrides = base.parse_known_args(list(arguments))
     if chosen.preset and chosen.config:
         raise ValueError("--preset and --config both name a whole configuration: give one of them")
@@ -46,15 +65,19 @@ def parse_train(arguments: Sequence[str]) -> TrainCommand:
         config = preset(chosen.preset) if chosen.preset else RunConfig()
     if chosen.encoder_weights:
         config = with_encoder_weights(config, chosen.encoder_weights)
-    config = tyro.cli(
+    for assignment in chosen.set:
+        key, equals, value = assignment.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--set {assignment}: expected key=value, as in model.size=B")
+        overrides += [f"--{key}", value]
+    return tyro.cli(
         RunConfig,
-        prog="longtake train",
-        description=_description(),
+        prog=prog,
+        description=_with_presets(description),
         default=config,
         args=overrides,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
-    return TrainCommand(config=config, dry_run=chosen.dry_run, fresh=chosen.fresh)
 
 
 def with_encoder_weights(config: RunConfig, weights: str) -> RunConfig:
@@ -66,15 +89,8 @@ def with_encoder_weights(config: RunConfig, weights: str) -> RunConfig:
     )
 
 
-def _description() -> str:
-    lines = [
-        "Train a model. Start from --preset NAME or --config FILE, then override any key by its "
-        "dotted name. --encoder-weights random builds the encoders untrained, for benchmarks; "
-        "--dry-run prints the resolved configuration and stops; --fresh sets an existing run of "
-        "that name aside instead of resuming it.",
-        "",
-        "Presets:",
-    ]
+def _with_presets(description: str) -> str:
+    lines = [description, "", "Presets:"]
     for name, build in PRESETS.items():
         lines.append(f"  {name:20} {(build.__doc__ or '').strip().splitlines()[0]}")
     return "\n".join(lines)

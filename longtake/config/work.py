@@ -27,7 +27,12 @@ def work_of_step(config: RunConfig, video_encoder: VideoEncoder, bucket: Bucket)
     _, frames, height, width = video_encoder.latent_shape(
         bucket.num_frames, bucket.height, bucket.width
     )
-    grid = token_grid((frames, height, width), patch=config.model.patch_size)
+    return work_of_latents(config, (frames, height, width), samples=bucket.batch_size)
+
+
+def work_of_latents(config: RunConfig, latents: tuple[int, int, int], *, samples: int) -> Work:
+    """The transformer's work on samples of so many latent frames, rows and columns."""
+    grid = token_grid(latents, patch=config.model.patch_size)
     depth, hidden_size, _ = config.model.dimensions
     macs = forward_macs(
         config.model.name,
@@ -38,9 +43,9 @@ def work_of_step(config: RunConfig, video_encoder: VideoEncoder, bucket: Bucket)
         mlp_ratio=config.model.mlp_ratio,
     )
     return {
-        "samples": bucket.batch_size,
-        "tokens": bucket.batch_size * grid.total,
-        "flops": bucket.batch_size * training_flops(macs),
+        "samples": samples,
+        "tokens": samples * grid.total,
+        "flops": samples * training_flops(macs),
     }
 
 
