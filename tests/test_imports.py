@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "encoders": set(),
     "data": set(),
     "parallel": {"models"},
-    "training": {"parallel", "planning"},
+    "training": {"ops", "parallel", "planning"},
     "pipeline": {"data", "diffusion", "encoders", "parallel", "training"},
     "report": {"training"},
     "config": {

@@ -20,8 +20,10 @@ from longtake.parallel.shard import (
     drop_gathered,
     global_norm,
     local_part,
+    local_parts,
     materialize,
     read_full,
+    sum_over_shards,
     sync_gradients,
     write_full,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "global_norm",
     "is_compiled",
     "local_part",
+    "local_parts",
     "materialize",
     "mean_over_processes",
     "parallelize",
@@ -45,6 +48,7 @@ __all__ = [
     "run_together",
     "start_distributed",
     "stop_distributed",
+    "sum_over_shards",
     "sync_gradients",
     "write_full",
 ]

@@ -93,20 +93,32 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`local_part` of each, in a tenth of the time: entering `no_grad` takes the rest."""
+    return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
+
+
+@torch.no_grad()
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The 2-norm of tensors as one long vector, (), fp32; the same on all processes, no host waits.
 
     They are sharded alike, or not at all. Works on the local parts, all in one kernel, which spares
     the host DTensor's bookkeeping for each of some hundred tensors.
     """
-    norms = torch._foreach_norm([local_part(tensor) for tensor in tensors])  # pyright: ignore[reportPrivateImportUsage]
+    norms = torch._foreach_norm(local_parts(tensors))  # pyright: ignore[reportPrivateImportUsage]
     squared = torch.stack(norms).float().square().sum()
-    first = tensors[0]
-    if isinstance(first, DTensor):
-        for axis, placement in enumerate(first.placements):
-            if placement.is_shard() and first.device_mesh.size(axis) > 1:
-                dist.all_reduce(squared, group=first.device_mesh.get_group(axis))
-    return squared.sqrt()
+    return sum_over_shards(squared, tensors[0]).sqrt()
+
+
+@torch.no_grad()
+def sum_over_shards(value: Tensor, sharded: Tensor) -> Tensor:
+    """The sum of a value over the processes that each hold a shard of this tensor, in place; no
+    host waits."""
+    if isinstance(sharded, DTensor):
+        for axis, placement in enumerate(sharded.placements):
+            if placement.is_shard() and sharded.device_mesh.size(axis) > 1:
+                dist.all_reduce(value, group=sharded.device_mesh.get_group(axis))
+    return value
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:

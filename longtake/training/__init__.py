@@ -24,6 +24,7 @@ from longtake.training.run_folder import RunFolder, environment, find_checkpoint
 from longtake.training.schedule import ScheduleConfig, learning_rate
 from longtake.training.stop import STOPPED_EXIT_CODE, StopRequest
 from longtake.training.throughput import Throughput, ThroughputMeter, speed_metrics
+from longtake.training.update import update_weights
 
 __all__ = [
     "STOPPED_EXIT_CODE",
@@ -57,4 +58,5 @@ __all__ = [
     "read_metrics",
     "show_log",
     "speed_metrics",
+    "update_weights",
 ]

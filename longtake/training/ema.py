@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from longtake.parallel import drop_gathered, local_part
+from longtake.parallel import drop_gathered, local_part, local_parts
 
 _lerp_all = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
 
@@ -54,12 +54,12 @@ class Ema:
         average += applied * (1 - decay) * (param - average); a skipped update (`applied` 0.0, a
         tensor on the device) leaves the averages as they are.
         """
-        rate = 1 - decay_at(step, self.config)
-        averages, params = zip(*self._pairs(), strict=True)
-        if applied is None:
-            _lerp_all(averages, params, rate)
-        else:
-            _lerp_all(averages, params, [applied * rate] * len(averages))
+        move_averages(list(self.pairs()), 1 - decay_at(step, self.config), applied)
+
+    def pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """(parameter, average), both sharded or not."""
+        for name, param in self._params.items():
+            yield param, self.averages[name]
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -76,18 +76,22 @@ class Ema:
         # Both before and after: the model must not go on with copies that it gathered from other
         # weights.
         drop_gathered(self._model)
-        for average, param in self._pairs():
+        for param, average in self.pairs():
+            param, average = local_part(param), local_part(average)
             assert param.dtype == average.dtype, "swapping needs fp32 weights"
             held = param.clone()
             param.copy_(average)
             average.copy_(held)
         drop_gathered(self._model)
 
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(average, parameter) as this process holds them; FSDP may move a parameter's memory, so
-        ask anew."""
-        for name, param in self._params.items():
-            yield local_part(self.averages[name]), local_part(param)
+
+@torch.no_grad()
+def move_averages(
+    pairs: Sequence[tuple[Tensor, Tensor]], rate: float, applied: Tensor | None = None
+) -> None:
+    """Averages go this part of the way to their parameters, or stay where `applied` is 0.0."""
+    params, averages = (local_parts(tensors) for tensors in zip(*pairs, strict=True))
+    _lerp_all(averages, params, rate if applied is None else [applied * rate] * len(averages))
 
 
 def decay_at(step: int, config: EmaConfig) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from longtake.parallel import global_norm, local_part
+from longtake.parallel import global_norm, local_parts
 
 _multiply_all = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
 
@@ -76,9 +76,15 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     assert gradients, "clip_gradients found no gradient: call it after backward"
     norm = global_norm(gradients)
     if max_norm is not None:
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        _multiply_all([local_part(gradient) for gradient in gradients], factor)
+        _multiply_all(local_parts(gradients), clip_factor(norm, max_norm))
     return norm
+
+
+def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
+    """What brings gradients of this norm to at most `max_norm`, (), fp32; 1 if that is None."""
+    if max_norm is None:
+        return torch.ones_like(norm)
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def apply_update(optimizer: torch.optim.AdamW, gradient_norm: Tensor, *, lr: float) -> Tensor:

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from longtake.ops import adamw_ema_kernel
+from longtake.ops.kernels import KernelConfig, kernels_as
 from longtake.parallel import local_part
-from longtake.training import MetricsConfig, MetricsLog, read_metrics
+from longtake.training import MetricsConfig, MetricsLog, read_metrics, update_weights
 from longtake.training.checkpoint import training_state
 from tests.processes import run_in_processes
+from tests.toy_model import toy_batch, toy_loss
 from tests.training.toy_run import build_run, checkpointer_of
 
 pytestmark = [
@@ -57,6 +60,36 @@ def _train_and_skip():
 def test_a_skipped_update_changes_no_bit():
     first, skipped, third = run_in_processes(_train_and_skip, 1, timeout_seconds=200)[0]
     assert first == skipped != third
+
+
+def _updates(kernels: KernelConfig, width: int):
+    """Five updates, the fourth poisoned, that must not wait once the kernels are compiled."""
+    run = build_run(width=width, device="cuda")
+    applied, kernel = [], adamw_ema_kernel.adamw_ema_kernel
+    compiled = []
+    with kernels_as(kernels):
+        for step in range(5):
+            loss = toy_loss(run.model, toy_batch(step).to("cuda"))
+            (loss * float("nan") if step == 3 else loss).backward()
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            _, flag = update_weights(
+                run.model, run.optimizer, run.ema, clip_norm=1.0, lr=1e-2 / (1 + step), step=step
+            )
+            torch.cuda.set_sync_debug_mode("default")
+            applied.append(float(flag))
+            compiled.append(sum(len(caches[0]) for caches in kernel.device_caches.values()))
+    return {name: tensor.cpu() for name, tensor in run.full().items()}, applied, compiled
+
+
+@pytest.mark.parametrize("width", [8, 1000])
+def test_fused_update_is_that_of_torch_and_never_waits(width: int):
+    fused, torch_own = (KernelConfig(elementwise=name) for name in ("triton", "reference"))
+    found, applied, compiled = run_in_processes(_updates, 1, fused, width, timeout_seconds=200)[0]
+    expected, _, _ = run_in_processes(_updates, 1, torch_own, width, timeout_seconds=200)[0]
+    assert applied == [1, 1, 1, 0, 1]
+    assert compiled == [1] * 5, "a new learning rate compiles nothing"
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def _log(folder: Path):

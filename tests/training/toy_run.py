@@ -34,11 +34,10 @@ from longtake.training import (
     ScheduleConfig,
     SkippedUpdates,
     StopRequest,
-    apply_update,
     build_optimizer,
-    clip_gradients,
     hold_run_folder,
     learning_rate,
+    update_weights,
 )
 from longtake.training.checkpoint import training_state
 from tests.toy_model import ToyModel, init_toy, toy_batch, toy_loss
@@ -60,10 +59,10 @@ class Run:
         samples = toy_batch(step).chunk(self.mesh.dp_size)[self.mesh.dp_rank]
         loss = toy_loss(self.model, samples.to(self.mesh.device))
         (loss * float("nan") if poison else loss).backward()
-        norm = clip_gradients(self.model, OPTIMIZER.clip_norm)
         lr = learning_rate(step, SCHEDULE, peak=OPTIMIZER.lr, total_steps=TOTAL_STEPS)
-        applied = apply_update(self.optimizer, norm, lr=lr)
-        self.ema.update(step, applied)
+        _, applied = update_weights(
+            self.model, self.optimizer, self.ema, clip_norm=OPTIMIZER.clip_norm, lr=lr, step=step
+        )
         return applied
 
     def full(self) -> dict[str, torch.Tensor]:
