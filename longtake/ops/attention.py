@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longtake.ops import kernels
+from longtake.ops.cudnn_attention import cudnn_attention, cudnn_problem
+from longtake.ops.fa4_attention import fa4_attention, fa4_problem
+
 Backend = Literal["sdpa", "reference"]
 
 
@@ -77,3 +81,63 @@ def attention(
         v_BLAE = v_BLAE * has_key_B1[:, :, None, None]
         key_mask_BL = key_mask_BL | ~has_key_B1
     return _BACKENDS[backend](q_BNAE, k_BLAE, v_BLAE, key_mask_BL)
+
+
+def self_attention(qkv_BN3AE: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v of tokens among themselves, (B, N, A, E) in the dtype of qkv.
+
+    qkv_BN3AE is the packed product of q, k and v: fused backends read it in place and write its
+    gradient as one tensor.
+
+    Raises:
+        ValueError: the configuration insists on a backend that cannot run here.
+    """
+    backend = kernels.attention_backend(
+        "self_attention",
+        keys=qkv_BN3AE.shape[1],
+        head_size=qkv_BN3AE.shape[-1],
+        dtype=qkv_BN3AE.dtype,
+        device=qkv_BN3AE.device,
+    )
+    return self_attention_by(backend, qkv_BN3AE)
+
+
+def self_attention_by(backend: kernels.AttentionBackend, qkv_BN3AE: Tensor) -> Tensor:
+    """`self_attention` by one backend."""
+    if backend == "triton":
+        problem = triton_problem(qkv_BN3AE.device)
+        if problem:
+            raise ValueError(
+                f'attention by "triton" cannot run here: {problem}; use "auto" or "sdpa"'
+            )
+        # A program that never asks for the kernel does not pay for its definition.
+        from longtake.ops.flash_attention import flash_attention
+
+        return flash_attention(qkv_BN3AE)
+    if backend == "fa4":
+        return fa4_attention(qkv_BN3AE)
+    if backend == "cudnn":
+        return cudnn_attention(qkv_BN3AE)
+    return _BACKENDS[backend](*qkv_BN3AE.unbind(2))
+
+
+def triton_problem(device: torch.device) -> str | None:
+    """Why our kernels cannot run on this device, or None if they can."""
+    if not kernels.has_triton:
+        return "Triton is not installed"
+    if not kernels.runs_triton(device) and not kernels.is_interpreted():
+        return f"it needs a CUDA device, not {device.type}"
+    return None
+
+
+def backend_problem(
+    backend: kernels.AttentionBackend, device: torch.device, dtype: torch.dtype, head_size: int
+) -> str | None:
+    """Why a backend cannot run on these, or None if it can."""
+    if backend == "triton":
+        return triton_problem(device)
+    if backend == "fa4":
+        return fa4_problem(device, dtype, head_size)
+    if backend == "cudnn":
+        return cudnn_problem(device, dtype, head_size)
+    return None

@@ -1,0 +1,135 @@
+"""Self-attention through PyTorch's cuDNN backend, called by name instead of by priority.
+
+`scaled_dot_product_attention` picks a backend from process-wide switches, and compiled code keeps
+whichever it saw. This operation is opaque to torch.compile and always cuDNN.
+
+Letters: B batch, N tokens, A heads, E size per head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtake.ops import kernels
+
+aten = torch.ops.aten
+
+MAX_HEAD_SIZE = 128
+
+
+# Tracing takes its answer as a constant: a compiled graph is for one device, dtype and head size.
+@torch.compiler.assume_constant_result
+def cudnn_problem(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    """Why cuDNN's attention cannot run on these, or None if it can."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, not {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    if head_size % 8 or head_size > MAX_HEAD_SIZE:
+        return f"it needs heads of a multiple of 8 up to {MAX_HEAD_SIZE}, not {head_size}"
+    if not kernels.has_cudnn_attention(device):
+        return "it needs a GPU of compute capability 8.0 or newer and PyTorch with cuDNN"
+    return None
+
+
+@torch.library.custom_op("longtake::cudnn_attention", mutates_args=())
+def _cudnn_attention(
+    qkv_BN3AE: Tensor,  # (B, N, 3, A, E), last dimension dense
+) -> tuple[Tensor, Tensor]:
+    """out (B, N, A, E) and, for the backward, the log-sum-exp of each row of scores (B, A, N)."""
+    q_BANE, k_BANE, v_BANE = (x.transpose(1, 2) for x in qkv_BN3AE.unbind(2))
+    out_BANE, logsumexp, *_ = aten._scaled_dot_product_cudnn_attention(
+        q_BANE,
+        k_BANE,
+        v_BANE,
+        attn_bias=None,
+        compute_log_sumexp=True,
+        dropout_p=0.0,
+        is_causal=False,
+        return_debug_mask=False,
+        scale=None,  # E ** -0.5
+    )
+    # PyTorch allocates out in the order of q's strides: this is no copy. The log-sum-exp has had
+    # three and four dimensions in different versions.
+    return out_BANE.transpose(1, 2).contiguous(), logsumexp.reshape(out_BANE.shape[:3])
+
+
+@_cudnn_attention.register_fake
+def _(qkv_BN3AE: Tensor) -> tuple[Tensor, Tensor]:
+    B, N, _, A, E = qkv_BN3AE.shape
+    return (
+        qkv_BN3AE.new_empty(B, N, A, E),
+        qkv_BN3AE.new_empty(B, A, N, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("longtake::cudnn_attention_backward", mutates_args=())
+def _cudnn_attention_backward(
+    grad_out_BNAE: Tensor,  # (B, N, A, E)
+    qkv_BN3AE: Tensor,  # (B, N, 3, A, E)
+    out_BNAE: Tensor,  # (B, N, A, E)
+    logsumexp_BAN: Tensor,  # (B, A, N) float32
+) -> Tensor:
+    """The gradient of qkv, (B, N, 3, A, E) and contiguous."""
+    q_BANE, k_BANE, v_BANE = (x.transpose(1, 2) for x in qkv_BN3AE.unbind(2))
+    num_tokens = qkv_BN3AE.shape[1]
+    # Random numbers are for dropout alone. The kernels read nothing from these.
+    unused_seed = torch.empty((), dtype=torch.int64, device=qkv_BN3AE.device)
+    gradients_BANE = aten._scaled_dot_product_cudnn_attention_backward(
+        # PyTorch keeps cuDNN's backward graphs by the layout of q, k and v, and not of this
+        # gradient. A second layout would be read as if it were the first, so there is only one.
+        grad_out_BNAE.contiguous().transpose(1, 2),
+        q_BANE,
+        k_BANE,
+        v_BANE,
+        out_BNAE.transpose(1, 2),
+        logsumexp_BAN.unsqueeze(-1),
+        philox_seed=unused_seed,
+        philox_offset=unused_seed,
+        attn_bias=None,
+        cum_seq_q=None,  # all sequences have the same length
+        cum_seq_k=None,
+        max_q=num_tokens,
+        max_k=num_tokens,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+    )
+    return torch.stack([gradient.transpose(1, 2) for gradient in gradients_BANE], dim=2)
+
+
+@_cudnn_attention_backward.register_fake
+def _(grad_out_BNAE: Tensor, qkv_BN3AE: Tensor, out_BNAE: Tensor, logsumexp_BAN: Tensor) -> Tensor:
+    return qkv_BN3AE.new_empty(qkv_BN3AE.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    out_BNAE, logsumexp_BAN = output
+    ctx.save_for_backward(*inputs, out_BNAE, logsumexp_BAN)
+    # Else the unused gradient of the log-sum-exp would be filled with zeros at every call.
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out_BNAE: Tensor, _: Tensor | None) -> Tensor:
+    return _cudnn_attention_backward(grad_out_BNAE, *ctx.saved_tensors)
+
+
+_cudnn_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def cudnn_attention(qkv_BN3AE: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v from the packed product of q, k and v: (B, N, A, E), contiguous.
+
+    cuDNN reads q, k and v where they lie. The gradients of q and k are summed in no fixed order,
+    so they may differ by rounding from run to run.
+
+    Raises:
+        ValueError: cuDNN cannot run on this device, dtype or head size.
+    """
+    problem = cudnn_problem(qkv_BN3AE.device, qkv_BN3AE.dtype, qkv_BN3AE.shape[-1])
+    if problem:
+        raise ValueError(f'attention by "cudnn" cannot run here: {problem}; use "auto" or "sdpa"')
+    return _cudnn_attention(qkv_BN3AE)[0]

@@ -1,0 +1,166 @@
+"""Self-attention through FlashAttention-4: the package `flash-attn-4`, imported only in this file.
+
+Its gradient of q is wrong for heads of 72 and 80, without a warning, so heads are padded with zeros
+to a size at which it is right. Zeros change no score, and what comes of them is cut off again.
+
+Letters: B batch, N tokens, A heads, E size per head, P padded size per head.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Checked against explicit softmax in float64, forward and backward, on an H200 with 4.0.0b12.
+RIGHT_HEAD_SIZES = (64, 96, 128)
+MIN_CAPABILITY = (9, 0)
+PACKAGE = "flash-attn-4==4.0.0b12"
+
+
+def padded_head_size(head_size: int) -> int:
+    """The smallest head size not below this one at which the kernels are right.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for size in RIGHT_HEAD_SIZES:
+        if head_size <= size:
+            return size
+    raise ValueError(f"FlashAttention-4 takes heads up to {RIGHT_HEAD_SIZES[-1]}, not {head_size}")
+
+
+# Tracing takes its answer as a constant: a compiled graph is for one device, dtype and head size.
+@torch.compiler.assume_constant_result
+def fa4_problem(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    """Why FlashAttention-4 cannot run on these, or None if it can. It imports the package."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, not {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    if head_size > RIGHT_HEAD_SIZES[-1]:
+        return f"it takes heads up to {RIGHT_HEAD_SIZES[-1]}, not {head_size}"
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return "it needs a GPU of compute capability 9.0 or newer (Hopper)"
+    try:
+        _package()
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _package() -> ModuleType:
+    """The package's own functions below its autograd.
+
+    Raises:
+        ImportError: it is not installed, or what it needs is not.
+    """
+    try:
+        from flash_attn.cute import interface
+    except ImportError as error:
+        raise ImportError(
+            f"FlashAttention-4 cannot be imported ({error}): pip install --pre {PACKAGE}"
+        ) from error
+    return interface
+
+
+@torch.library.custom_op("longtake::fa4_attention", mutates_args=())
+def _fa4_attention(
+    qkv_BN3AE: Tensor,  # (B, N, 3, A, E), last dimension dense
+) -> tuple[Tensor, Tensor]:
+    """out (B, N, A, E) and, for the backward, the log-sum-exp of each row of scores (B, A, N)."""
+    head_size = qkv_BN3AE.shape[-1]
+    q_BNAP, k_BNAP, v_BNAP = _pad_heads(qkv_BN3AE).unbind(2)
+    out_BNAP, logsumexp_BAN = _package()._flash_attn_fwd(
+        q_BNAP,
+        k_BNAP,
+        v_BNAP,
+        softmax_scale=head_size**-0.5,  # of the heads as they were
+        return_lse=True,
+    )
+    return out_BNAP[..., :head_size].contiguous(), logsumexp_BAN
+
+
+@_fa4_attention.register_fake
+def _(qkv_BN3AE: Tensor) -> tuple[Tensor, Tensor]:
+    B, N, _, A, E = qkv_BN3AE.shape
+    return (
+        qkv_BN3AE.new_empty(B, N, A, E),
+        qkv_BN3AE.new_empty(B, A, N, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("longtake::fa4_attention_backward", mutates_args=())
+def _fa4_attention_backward(
+    grad_out_BNAE: Tensor,  # (B, N, A, E)
+    qkv_BN3AE: Tensor,  # (B, N, 3, A, E)
+    out_BNAE: Tensor,  # (B, N, A, E)
+    logsumexp_BAN: Tensor,  # (B, A, N) float32
+) -> Tensor:
+    """The gradient of qkv, (B, N, 3, A, E) and contiguous."""
+    head_size = qkv_BN3AE.shape[-1]
+    # Padded again, since keeping the padded product from the forward would take a third more.
+    qkv_BN3AP = _pad_heads(qkv_BN3AE)
+    dqkv_BN3AP = torch.empty_like(qkv_BN3AP, memory_format=torch.contiguous_format)
+    dq_BNAP, dk_BNAP, dv_BNAP = dqkv_BN3AP.unbind(2)
+    _package()._flash_attn_bwd(
+        *qkv_BN3AP.unbind(2),
+        _pad_heads(out_BNAE),
+        _pad_heads(grad_out_BNAE).contiguous(),
+        logsumexp_BAN,
+        softmax_scale=head_size**-0.5,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        dq=dq_BNAP,
+        dk=dk_BNAP,
+        dv=dv_BNAP,
+    )
+    return dqkv_BN3AP[..., :head_size].contiguous()
+
+
+@_fa4_attention_backward.register_fake
+def _(grad_out_BNAE: Tensor, qkv_BN3AE: Tensor, out_BNAE: Tensor, logsumexp_BAN: Tensor) -> Tensor:
+    return qkv_BN3AE.new_empty(qkv_BN3AE.shape)
+
+
+def _pad_heads(x: Tensor) -> Tensor:
+    """x with zeros behind each head up to P, in one pass; x itself where P is E."""
+    head_size = x.shape[-1]
+    padded_size = padded_head_size(head_size)
+    if padded_size == head_size:
+        return x
+    padded = x.new_empty(*x.shape[:-1], padded_size)
+    padded[..., :head_size] = x
+    padded[..., head_size:] = 0
+    return padded
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    out_BNAE, logsumexp_BAN = output
+    ctx.save_for_backward(*inputs, out_BNAE, logsumexp_BAN)
+    # Else the unused gradient of the log-sum-exp would be filled with zeros at every call.
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out_BNAE: Tensor, _: Tensor | None) -> Tensor:
+    return _fa4_attention_backward(grad_out_BNAE, *ctx.saved_tensors)
+
+
+_fa4_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def fa4_attention(qkv_BN3AE: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v from the packed product of q, k and v: (B, N, A, E), contiguous.
+
+    The gradient of q is summed in no fixed order unless torch.use_deterministic_algorithms is on.
+
+    Raises:
+        ValueError: FlashAttention-4 is missing, or cannot run on this device, dtype or head size.
+    """
+    problem = fa4_problem(qkv_BN3AE.device, qkv_BN3AE.dtype, qkv_BN3AE.shape[-1])
+    if problem:
+        raise ValueError(f'attention by "fa4" cannot run here: {problem}; use "auto" or "cudnn"')
+    return _fa4_attention(qkv_BN3AE)[0]
