@@ -1,6 +1,6 @@
 """From videos, images and captions to batches, bucketed by shape, resumable at any position."""
 
-from longtake.data.batch import BadSample, Batch, TooManyBadSamples
+from longtake.data.batch import BadSample, Batch, Samples, TooManyBadSamples, describe_bad
 from longtake.data.clips import prepare_clips
 from longtake.data.config import DataConfig
 from longtake.data.files import MediaError
@@ -13,6 +13,7 @@ from longtake.data.loader import (
     validation_batches,
 )
 from longtake.data.manifest import NO_LABEL, Manifest, ManifestError, Sample, read_manifest
+from longtake.data.source import MediaSource, Source, View
 from longtake.data.stream import Bucket, LoaderState
 from longtake.data.transforms import Fit, to_unit_range
 from longtake.data.video import MediaInfo, MediaLimits, probe, read_clip
@@ -36,12 +37,17 @@ __all__ = [
     "MediaError",
     "MediaInfo",
     "MediaLimits",
+    "MediaSource",
     "Sample",
     "SampleHealth",
+    "Samples",
+    "Source",
     "TooManyBadSamples",
     "ValidationBatches",
+    "View",
     "build_loader",
     "contact_sheet",
+    "describe_bad",
     "inspect_manifest",
     "open_manifest",
     "prepare_clips",

@@ -1,10 +1,11 @@
-"""What the loader hands out: pixels with captions, labels and the keys of their randomness."""
+"""What the loader hands out: clips with captions, labels and the keys of their randomness."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -30,11 +31,10 @@ class BadSample:
         return "".join(c if c.isprintable() else "?" for c in text)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch. Letters: B samples, C channels, T frames, H W height and width."""
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """What is known of the samples of a micro-batch, whatever their clips are made of."""
 
-    pixels_BCTHW: Tensor  # uint8 RGB
     captions: list[str]
     labels_B: Tensor  # int64, NO_LABEL (-1) where the manifest has none
     epochs_B: Tensor  # int64
@@ -48,22 +48,32 @@ class Batch:
         """Names the samples for drawing random numbers."""
         return SampleKeys(seed, self.epochs_B, self.sample_ids_B)
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> Self:
         """The same batch on another device; copies from pinned memory do not wait."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> Self:
         return self._with(Tensor.pin_memory)
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(
             self,
-            pixels_BCTHW=change(self.pixels_BCTHW),
-            labels_B=change(self.labels_B),
-            epochs_B=change(self.epochs_B),
-            sample_ids_B=change(self.sample_ids_B),
-            weights_B=change(self.weights_B),
+            **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)},
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(Samples):
+    """One micro-batch of pixels. Letters: B samples, C channels, T frames, H W height and width."""
+
+    pixels_BCTHW: Tensor  # uint8 RGB
+
+    @property
+    def pixel_size(self) -> tuple[int, int]:
+        """Height and width."""
+        height, width = self.pixels_BCTHW.shape[-2:]
+        return height, width
 
 
 class TooManyBadSamples(RuntimeError):

@@ -26,6 +26,9 @@ class DataConfig:
     """Take every n-th frame (of `fps`, or of the video's own)."""
     clip_position: Literal["random", "start"] = "random"
     """Where in its range of the video a clip is taken."""
+    clip_places: int = 0
+    """Random clips are taken at one of so many fixed places, spread from the range's beginning to
+    its end; 0: anywhere. A latent store holds fixed places, one (the beginning) if this is 0."""
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     """Mirror half of the samples; wrong for captions that say left and right, and for writing."""
@@ -46,7 +49,12 @@ class DataConfig:
             raise ValueError("buckets is empty: at least one bucket is needed")
         if self.fps is not None and not 0 < self.fps <= 1000:
             raise ValueError(f"fps={self.fps} must be above 0 and at most 1000, or None")
-        for name, least in (("frame_interval", 1), ("num_workers", 0), ("prefetch_batches", 1)):
+        for name, least in (
+            ("frame_interval", 1),
+            ("clip_places", 0),
+            ("num_workers", 0),
+            ("prefetch_batches", 1),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if not 0 <= self.max_bad_fraction <= 1:

@@ -20,6 +20,7 @@ Reason = Literal[
     "too_slow",
     "corrupt",
     "unsupported",
+    "not_finite",  # an encoder makes infinities of it, or no numbers at all
 ]
 REASONS: tuple[str, ...] = get_args(Reason)
 

@@ -1,4 +1,4 @@
-"""From a manifest to batches, in the order that `stream` defines.
+"""From samples to batches, in the order that `stream` defines.
 
 What a batch contains is a function of (seed, step) alone. Workers are told a place in the stream
 and nothing else, so neither their number nor the number of processes changes a pixel.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from longtake.data.batch import BadSample, Batch, TooManyBadSamples
+from longtake.data.batch import BadSample, Samples, TooManyBadSamples
 from longtake.data.config import DataConfig
 from longtake.data.manifest import Manifest, read_manifest
 from longtake.data.reader import Hopeless, Request, TrainingReader, ValidationReader
+from longtake.data.source import MediaSource, Source
 from longtake.data.stream import LoaderState, Pool, bucket_of_step, eligible, share
 from longtake.data.workers import run_workers
 
@@ -37,18 +39,20 @@ def build_loader(
     dp_size: int = 1,
     micro_batches: int = 1,
     start: LoaderState | None = None,
-    manifest: Manifest | None = None,
+    source: Source | None = None,
     pin_memory: bool = False,
 ) -> Loader:
     """The endless stream of training steps for one data-parallel rank, from `start` on.
+
+    Clips come from the source; None means the media files of the config's manifest.
 
     Raises:
         ValueError: the manifest or a bucket has no usable sample, a batch size does not divide
             among the processes and micro-batches, or `start` belongs to other buckets.
     """
-    manifest = open_manifest(config) if manifest is None else manifest
+    source = MediaSource(config, open_manifest(config)) if source is None else source
     pools = [
-        eligible(manifest, bucket, fps=config.fps, frame_interval=config.frame_interval)
+        eligible(source.manifest, bucket, fps=config.fps, frame_interval=config.frame_interval)
         for bucket in config.buckets
     ]
     shares = [
@@ -61,7 +65,7 @@ def build_loader(
             f"the loader state to resume from has {len(state.consumed)} buckets, the config "
             f"{len(config.buckets)}: resume with the buckets that the run began with"
         )
-    return Loader(config, manifest, pools, shares, seed, state, pin_memory)
+    return Loader(config, source, pools, shares, seed, state, pin_memory)
 
 
 class Loader:
@@ -74,17 +78,18 @@ class Loader:
     def __init__(
         self,
         config: DataConfig,
-        manifest: Manifest,
+        source: Source,
         pools: list[Pool],
         shares: list[list[range]],
         seed: int,
         state: LoaderState,
         pin_memory: bool,
     ) -> None:
-        self.manifest = manifest
+        self.manifest = source.manifest
         self.pools = pools
         self.state = state
-        self._config, self._shares, self._seed, self._pin_memory = config, shares, seed, pin_memory
+        self._config, self._source, self._pin_memory = config, source, pin_memory
+        self._shares, self._seed = shares, seed
         self._read = 0
         self._replaced = 0
         self._bad: dict[int, BadSample] = {}
@@ -94,8 +99,8 @@ class Loader:
         """The samples that failed so far in this process, each once, in order of first failure."""
         return list(self._bad.values())
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        reader = TrainingReader(self._config, self.manifest, self.pools, self._seed)
+    def __iter__(self) -> Iterator[list[Any]]:
+        reader = TrainingReader(self._config, self._source, self.pools, self._seed)
         requests = _requests(self._config, self._shares, self._seed, self.state)
         batches = run_workers(reader, requests, pin_memory=self._pin_memory)
         while True:
@@ -108,7 +113,7 @@ class Loader:
             self.state = self.state.after(bucket, self._config.buckets[bucket].batch_size)
             yield micro_batches
 
-    def _count(self, batch: Batch | Hopeless) -> None:
+    def _count(self, batch: Samples | Hopeless) -> None:
         self._replaced += len(batch.bad)
         for sample in batch.bad:
             self._bad.setdefault(sample.sample_id, sample)
@@ -134,7 +139,7 @@ class Loader:
 
 def validation_batches(
     config: DataConfig,
-    manifest: str | Path | Manifest,
+    source: str | Path | Source,
     *,
     batch_size: int,
     dp_rank: int = 0,
@@ -143,7 +148,9 @@ def validation_batches(
     max_samples: int | None = None,
     pin_memory: bool = False,
 ) -> ValidationBatches:
-    """Held-out samples in the manifest's order: the first clip of each range, centre crop.
+    """Held-out samples in their manifest's order: the first clip of each range, centre crop.
+
+    `source` may be the name of a manifest of media files.
 
     Every process gets equally many batches of `batch_size`, padded with samples of weight 0, so
     that collectives match; over all processes the samples of weight 1 are the same for any
@@ -152,13 +159,16 @@ def validation_batches(
     Raises:
         ValueError: no sample of the manifest suits the bucket.
     """
-    if not isinstance(manifest, Manifest):
-        manifest = open_manifest(config, manifest)
+    if isinstance(source, (str, Path)):
+        source = MediaSource(config, open_manifest(config, source))
     pool = eligible(
-        manifest, config.buckets[bucket], fps=config.fps, frame_interval=config.frame_interval
+        source.manifest,
+        config.buckets[bucket],
+        fps=config.fps,
+        frame_interval=config.frame_interval,
     )
     return ValidationBatches(
-        config, manifest, pool.ids[:max_samples], bucket, batch_size, dp_rank, dp_size, pin_memory
+        config, source, pool.ids[:max_samples], bucket, batch_size, dp_rank, dp_size, pin_memory
     )
 
 
@@ -168,7 +178,7 @@ class ValidationBatches:
     def __init__(
         self,
         config: DataConfig,
-        manifest: Manifest,
+        source: Source,
         ids: np.ndarray,
         bucket: int,
         batch_size: int,
@@ -176,8 +186,8 @@ class ValidationBatches:
         dp_size: int,
         pin_memory: bool,
     ) -> None:
-        self.manifest = manifest
-        self._reader = ValidationReader(config, manifest, ids)
+        self.manifest = source.manifest
+        self._reader = ValidationReader(config, source, ids)
         self._pin_memory = pin_memory
         self.num_samples = len(ids)
         count = -(-len(ids) // (batch_size * dp_size))
@@ -189,7 +199,7 @@ class ValidationBatches:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         yield from run_workers(self._reader, iter(self._requests), pin_memory=self._pin_memory)
 
 

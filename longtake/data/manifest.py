@@ -55,12 +55,25 @@ class TextTable(Sequence[str]):
     """Many strings in one buffer: less memory than a list, and workers share it untouched."""
 
     def __init__(self) -> None:
-        self._bytes = bytearray()
-        self._ends = array("q")
+        self._bytes: bytearray | memoryview = bytearray()
+        self._ends: array[int] | np.ndarray = array("q")
+
+    @classmethod
+    def from_columns(cls, data: np.ndarray, ends: np.ndarray) -> TextTable:
+        """The inverse of `columns`, without a copy; nothing can be appended."""
+        table = cls()
+        table._bytes, table._ends = data.data, ends
+        return table
 
     def append(self, text: str) -> None:
+        assert isinstance(self._bytes, bytearray), "a table of given columns cannot grow"
+        assert isinstance(self._ends, array)
         self._bytes += text.encode()
         self._ends.append(len(self._bytes))
+
+    def columns(self) -> tuple[np.ndarray, np.ndarray]:
+        """All bytes (uint8), and where each text ends in them (int64)."""
+        return np.frombuffer(self._bytes, np.uint8), np.frombuffer(self._ends, np.int64)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -70,7 +83,7 @@ class TextTable(Sequence[str]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         begin = self._ends[index - 1] if index else 0
-        return self._bytes[begin : self._ends[index]].decode()
+        return bytes(self._bytes[begin : self._ends[index]]).decode()
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,7 @@ class Manifest:
     file: Path
     root: Path
     allow_outside_root: bool
-    texts: Mapping[str, TextTable]
+    texts: Mapping[str, Sequence[str]]
     integers: Mapping[str, np.ndarray]  # int64 (samples,)
     seconds: Mapping[str, np.ndarray]  # float64 (samples,)
     lines: np.ndarray  # int64 (samples,)

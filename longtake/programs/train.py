@@ -36,7 +36,8 @@ from longtake.data import (
     BadSample,
     Batch,
     LoaderState,
-    Manifest,
+    MediaSource,
+    Source,
     ValidationBatches,
     build_loader,
     open_manifest,
@@ -110,13 +111,14 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         folder = _open_folder(config, mesh, at_exit, fresh=fresh)
 
         manifest = open_manifest(config.data)
+        source = MediaSource(config.data, manifest)
         loader = build_loader(
             config.data,
             seed=config.seed,
             dp_rank=mesh.dp_rank,
             dp_size=mesh.dp_size,
             micro_batches=config.train.accumulation,
-            manifest=manifest,
+            source=source,
             pin_memory=device.type == "cuda",
         )
         objective = build_objective(config.diffusion)
@@ -186,7 +188,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         work = [work_of_step(config, video_encoder, bucket) for bucket in config.data.buckets]
         if step == 0:
             if mesh.is_first:
-                _show_real_clips(config, manifest, folder)
+                _show_real_clips(config, source, folder)
             validate(step)
 
         meter = throughput_meter(config, mesh)
@@ -284,7 +286,7 @@ def _held_out(config: RunConfig, mesh: Mesh, model: Model) -> ValidationBatches 
     check_conditions(manifest, config, model.condition)
     return validation_batches(
         config.data,
-        manifest,
+        MediaSource(config.data, manifest),
         batch_size=config.validation.batch_size,
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size,
@@ -380,9 +382,9 @@ def _sampler(
     return sample
 
 
-def _show_real_clips(config: RunConfig, manifest: Manifest, folder: RunFolder) -> None:
+def _show_real_clips(config: RunConfig, source: Source, folder: RunFolder) -> None:
     """Writes a few of the training clips for the report, those with a sampled prompt first."""
-    read = validation_batches(config.data, manifest, batch_size=8, max_samples=8)
+    read = validation_batches(config.data, source, batch_size=8, max_samples=8)
     batch = next(iter(read))
     labels, readable = batch.labels_B.tolist(), batch.weights_B.bool().tolist()
     captions = [text or f"label {labels[k]}" for k, text in enumerate(batch.captions)]

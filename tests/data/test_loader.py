@@ -26,8 +26,8 @@ from longtake.data import (
     validation_batches,
     write_video,
 )
-from longtake.data import reader as reader_module
-from tests.data.media import make_video, write_jsonl
+from longtake.data import source as source_module
+from tests.data.media import frame_numbers, make_video, write_jsonl
 
 SMALL = Bucket(num_frames=4, height=32, width=32, batch_size=4)
 
@@ -158,6 +158,20 @@ def test_center_crop_from_the_start_has_no_randomness(config: DataConfig) -> Non
         assert torch.equal(of_first[sample], pixels)
 
 
+def test_fixed_places_are_spread_from_beginning_to_end(config: DataConfig) -> None:
+    # 24 frames of video leave a clip of 4 frames 21 places.
+    expected = {1: {0}, 2: {0, 20}, 3: {0, 10, 20}, 40: set(range(21))}
+    for places, wanted in expected.items():
+        fixed = dataclasses.replace(config, clip_places=places)
+        firsts = {
+            frame_numbers(pixels.transpose(0, 1))[0]
+            for pixels in flat(take(fixed, 12))["pixels_BCTHW"]
+        }
+        assert firsts <= wanted
+        assert len(firsts) == len(wanted) or places == 40
+        assert max(firsts) == max(wanted)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_global_random_state_is_left_alone(config: DataConfig, workers: int) -> None:
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
@@ -245,6 +259,7 @@ def test_settings_that_cannot_work_are_refused(config: DataConfig) -> None:
         ({"buckets": ()}, "buckets is empty"),
         ({"fps": 0.0}, "fps=0.0 must be above 0"),
         ({"frame_interval": 0}, "frame_interval=0 must be at least 1"),
+        ({"clip_places": -1}, "clip_places=-1 must be at least 0"),
         ({"max_bad_fraction": 2.0}, r"max_bad_fraction=2.0 must lie in \[0, 1\]"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -257,7 +272,7 @@ def test_a_worker_that_dies_is_named_with_its_file(
     def die(path: Path, **_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(reader_module, "read_clip", die)
+    monkeypatch.setattr(source_module, "read_clip", die)
     config = dataclasses.replace(config, num_workers=1, worker_timeout_seconds=20.0)
     with pytest.raises(LoaderError, match=r"data worker \(process \d+\).*while reading 'v\d.mp4'"):
         take(config, 1)
@@ -268,7 +283,7 @@ def test_a_worker_that_hangs_is_named_with_its_file(
 ) -> None:
     import time
 
-    monkeypatch.setattr(reader_module, "read_clip", lambda path, **_: time.sleep(100))
+    monkeypatch.setattr(source_module, "read_clip", lambda path, **_: time.sleep(100))
     config = dataclasses.replace(config, num_workers=1, worker_timeout_seconds=1.0)
     with pytest.raises(LoaderError, match=r"worker_timeout_seconds=1.*reading 'v\d.mp4' \(process"):
         take(config, 1)
@@ -278,7 +293,7 @@ def test_other_errors_pass_unchanged(config: DataConfig, monkeypatch: pytest.Mon
     def fail(path: Path, **_: object) -> None:
         raise RuntimeError("our own mistake")
 
-    monkeypatch.setattr(reader_module, "read_clip", fail)
+    monkeypatch.setattr(source_module, "read_clip", fail)
     with pytest.raises(RuntimeError, match="our own mistake"):
         take(config, 1)
 

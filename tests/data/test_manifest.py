@@ -170,3 +170,5 @@ def test_a_text_table_is_a_list_of_strings() -> None:
     assert table[1:4] == texts[1:4]
     with pytest.raises(IndexError):
         table[5]
+    assert list(TextTable.from_columns(*table.columns())) == texts
+    assert list(TextTable.from_columns(*TextTable().columns())) == []
