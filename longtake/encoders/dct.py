@@ -85,7 +85,8 @@ class DctEncoder:
         self._analysis_CP = _analysis_matrix(block, chosen).to(device, dtype)
         std_C = torch.tensor([expected_std(block, *index) for index in chosen], dtype=torch.float64)
         left_C = std_C ** (1 - whitening)  # deviations that division by std ** whitening leaves
-        scale_C = std_C**whitening * left_C.square().mean().sqrt()
+        scale_C = 1 / (std_C**whitening * left_C.square().mean().sqrt())
+        self.latent_mean, self.latent_scale = [0.0] * self.latent_channels, scale_C.tolist()
         self._scale_C111 = scale_C.to(device, dtype).view(-1, 1, 1, 1)
         self.provenance: dict[str, object] = {
             "class": "DctEncoder",
@@ -128,13 +129,13 @@ class DctEncoder:
         return LatentStats(rearrange(mean_BTHWC, "b t h w c -> b c t h w").contiguous())
 
     def finish(self, stats: LatentStats, noise_BCTHW: Tensor | None = None) -> Tensor:
-        """Coefficients over their scale; without a posterior noise is ignored."""
-        return sample_posterior(stats, noise_BCTHW) / self._scale_C111
+        """Coefficients times their scale; without a posterior noise is ignored."""
+        return sample_posterior(stats, noise_BCTHW) * self._scale_C111
 
     @torch.no_grad()
     def decode(self, latents_BCTHW: Tensor) -> Tensor:
         """Pixels, float32, clamped to [-1, 1]; coefficients that were not kept count as zero."""
-        coefficients_BCTHW = latents_BCTHW.to(self._analysis_CP) * self._scale_C111
+        coefficients_BCTHW = latents_BCTHW.to(self._analysis_CP) / self._scale_C111
         blocks_BTHWP = rearrange(coefficients_BCTHW, "b c t h w -> b t h w c") @ self._analysis_CP
         pixels_BCTHW = rearrange(
             blocks_BTHWP,

@@ -64,6 +64,7 @@ class DiffusersVideoEncoder:
         assert len(mean) == len(scale) == self.latent_channels, (
             f"{len(mean)} means and {len(scale)} scales for {self.latent_channels} channels"
         )
+        self.latent_mean, self.latent_scale = mean, scale
         self._mean_C111 = torch.tensor(mean, device=vae.device).view(-1, 1, 1, 1)
         self._scale_C111 = torch.tensor(scale, device=vae.device).view(-1, 1, 1, 1)
         if tile is not None:

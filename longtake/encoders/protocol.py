@@ -46,6 +46,9 @@ class VideoEncoder(Protocol):
     latent_channels: int
     downsample: tuple[int, int, int]
     """Pixels per latent in time, height and width."""
+    latent_mean: list[float]
+    latent_scale: list[float]
+    """Per channel: `finish` gives (posterior sample - mean) * scale, which needs no weights."""
     provenance: dict[str, object]
     """What identifies the encoder (class, source, weights, config, dtype), as plain JSON values."""
 

@@ -10,6 +10,7 @@ Shapes: B batch, L tokens, K their width.
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,7 +116,7 @@ def load_t5(
     else:
         model = _load_weights(kind, model_class, source, torch_dtype).to(device)
     freeze(model)
-    tokenize, tokenizer_name = _build_tokenizer(
+    tokenize, tokenizer = _build_tokenizer(
         transformers,
         tokenizer_path or path,
         tokenizer_subfolder,
@@ -133,7 +134,7 @@ def load_t5(
             "library": f"transformers {transformers.__version__}",
             **source.describe(),
             "weights": weights,
-            "tokenizer": tokenizer_name,
+            **tokenizer,
         },
     )
 
@@ -219,8 +220,8 @@ def _build_tokenizer(
     *,
     vocab_size: int,
     may_stand_in: bool,
-) -> tuple[Tokenize, str]:
-    """The tokenizer and its name for the provenance."""
+) -> tuple[Tokenize, dict[str, object]]:
+    """The tokenizer, and what identifies it for the provenance."""
     folder = Path(path).expanduser()
     folder = folder / subfolder if subfolder else folder
     if folder.is_dir():
@@ -230,7 +231,7 @@ def _build_tokenizer(
         name, there = path, False
         options = {"subfolder": subfolder or "", "revision": revision or "main"}
     if may_stand_in and not there:
-        return HashedTokenizer(vocab_size), "stand-in: hashes of words"
+        return HashedTokenizer(vocab_size), {"tokenizer": "stand-in: hashes of words"}
     try:
         # UMT5 has the same class. Naming it, not "auto", leaves no way for a repository's own code.
         tokenizer = transformers.T5Tokenizer.from_pretrained(name, **options)
@@ -259,7 +260,9 @@ def _build_tokenizer(
         )
         return batch["input_ids"], batch["attention_mask"].bool()
 
-    return tokenize, name
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    digest = hashlib.sha256(vocabulary).hexdigest()
+    return tokenize, {"tokenizer": name, "vocabulary_sha256": digest}
 
 
 class HashedTokenizer:

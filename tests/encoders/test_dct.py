@@ -114,6 +114,18 @@ def test_dct_has_no_posterior_and_ignores_noise() -> None:
     assert encoder.finish(LatentStats(stats.mean_BCTHW.bfloat16())).dtype == torch.float32
 
 
+@pytest.mark.parametrize("whitening", [0.0, 0.3, 1.0])
+def test_dct_says_how_it_finishes(whitening: float) -> None:
+    encoder = DctEncoder(whitening=whitening)
+    assert encoder.latent_mean == [0.0] * 24
+    stats = LatentStats(torch.randn(2, 24, 1, 3, 4))
+    scale_C111 = torch.tensor(encoder.latent_scale).view(-1, 1, 1, 1)
+    latents = encoder.finish(stats)
+    assert torch.equal(latents, stats.mean_BCTHW * scale_C111)
+    again = encoder.encode(encoder.decode(latents * 0.01))
+    torch.testing.assert_close(again.mean_BCTHW, stats.mean_BCTHW * 0.01, rtol=1e-4, atol=1e-5)
+
+
 def test_dct_shapes_and_errors() -> None:
     encoder = DctEncoder()
     assert encoder.latent_shape(5, 64, 96) == (24, 5, 8, 12)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longtake.encoders import VideoEncoder, VideoEncoderConfig, build_video_encoder
 from longtake.encoders.autoencoders import AUTOENCODERS
+from longtake.encoders.protocol import sample_posterior
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -379,6 +380,27 @@ def test_vae_in_bf16_keeps_statistics_in_bf16_and_finishes_in_fp32(load: Load) -
     assert latents.dtype == torch.float32
     reference = load("AutoencoderKL")
     assert _relative_error(latents, reference.finish(reference.encode(pixels))) < 0.03
+
+
+@pytest.mark.parametrize("class_name", TINY)
+def test_vae_says_without_its_weights_how_it_finishes(load: Load, class_name: str) -> None:
+    encoder = load(class_name)
+    stats = encoder.encode(_pixels(class_name))
+    noise = torch.randn(stats.mean_BCTHW.shape)
+    mean, scale = (
+        torch.tensor(values).view(-1, 1, 1, 1)
+        for values in (encoder.latent_mean, encoder.latent_scale)
+    )
+    sample = sample_posterior(stats, noise)
+    assert torch.equal(encoder.finish(stats, noise), (sample - mean) * scale)
+
+
+def test_vae_digest_is_that_of_the_weights_not_of_their_precision(load: Load) -> None:
+    digests = {
+        dtype: load("AutoencoderKL", dtype=dtype).provenance["weights_sample_sha256"]
+        for dtype in ("fp32", "bf16")
+    }
+    assert digests["fp32"] == digests["bf16"]
 
 
 def test_vae_random_weights_are_a_function_of_the_seed(folders: dict[str, Path]) -> None:

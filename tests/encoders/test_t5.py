@@ -136,6 +136,9 @@ def test_t5_random_weights_use_the_config_and_tokenizer_that_are_there(
 ) -> None:
     encoder = _load_pipeline("t5", folders, weights="random", max_tokens=6)
     assert encoder.provenance["tokenizer"] == str(folders["t5"] / "tokenizer")
+    other = _load_pipeline("umt5", folders, weights="random", max_tokens=6)
+    digests = [one.provenance["vocabulary_sha256"] for one in (encoder, other)]
+    assert digests[0] == digests[1], "one vocabulary in two folders"
     assert encoder.channels == 64
     assert encoder.encode(["a red car"]).mask_BL.sum() == 4
 
