@@ -16,6 +16,7 @@ _COMMANDS = {
     "sample": "generate videos or images from a run's checkpoint",
     "convert": "read public weights strictly; write safetensors or diffusers' layout",
     "doctor": "check this environment, a manifest, or both",
+    "bench": "measure how fast this machine trains, beside plain torch and a floor",
 }
 
 

@@ -1,7 +1,14 @@
 """What a run is: composed dataclasses, named presets, files and dotted overrides."""
 
 from longtake.config.checks import check_conditions, check_parts
-from longtake.config.command_line import TrainCommand, parse_run, parse_train, with_encoder_weights
+from longtake.config.command_line import (
+    TrainCommand,
+    as_options,
+    override,
+    parse_run,
+    parse_train,
+    with_encoder_weights,
+)
 from longtake.config.files import dump_yaml, from_plain, load_yaml, to_plain
 from longtake.config.presets import PRESETS, preset
 from longtake.config.record import run_record
@@ -17,12 +24,14 @@ __all__ = [
     "TrainConfig",
     "ValidationConfig",
     "Work",
+    "as_options",
     "changes",
     "check_conditions",
     "check_parts",
     "dump_yaml",
     "from_plain",
     "load_yaml",
+    "override",
     "parse_run",
     "parse_train",
     "preset",

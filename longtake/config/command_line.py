@@ -65,19 +65,33 @@ def parse_run(arguments: Sequence[str], *, prog: str, description: str) -> RunCo
         config = preset(chosen.preset) if chosen.preset else RunConfig()
     if chosen.encoder_weights:
         config = with_encoder_weights(config, chosen.encoder_weights)
-    for assignment in chosen.set:
-        key, equals, value = assignment.partition("=")
-        if not key or not equals:
-            raise ValueError(f"--set {assignment}: expected key=value, as in model.size=B")
-        overrides += [f"--{key}", value]
+    overrides += as_options(chosen.set)
+    return override(config, overrides, prog=prog, description=_with_presets(description))
+
+
+def override(
+    config: RunConfig, options: Sequence[str], *, prog: str, description: str = ""
+) -> RunConfig:
+    """The configuration with dotted options (`--model.size B`) applied."""
     return tyro.cli(
         RunConfig,
         prog=prog,
-        description=_with_presets(description),
+        description=description,
         default=config,
-        args=overrides,
+        args=list(options),
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
+
+
+def as_options(assignments: Sequence[str]) -> list[str]:
+    """`model.size=B` as `--model.size B`. Raises: ValueError for anything else."""
+    options = []
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--set {assignment}: expected key=value, as in model.size=B")
+        options += [f"--{key}", value]
+    return options
 
 
 def with_encoder_weights(config: RunConfig, weights: str) -> RunConfig:

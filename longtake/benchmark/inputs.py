@@ -1,0 +1,131 @@
+"""Random data of a configuration's shapes, of a fixed seed, without zeros.
+
+Zeros would be a lie: a GPU that multiplies them draws less power and runs faster.
+
+Letters: B batch, C channels, T frames, H W height and width, L text tokens, K their width.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from longtake.config import RunConfig, with_encoder_weights
+from longtake.data import Batch, Bucket
+from longtake.encoders import build_video_encoder
+from longtake.encoders.public_configs import AUTOENCODER_CONFIGS
+from longtake.models import Model
+from longtake.parallel import Mesh, compute_dtype
+from longtake.pipeline import Inputs
+from longtake.pipeline.inputs import size_condition
+from longtake.planning import latent_size
+from longtake.randomness import SampleKeys, named_seed
+
+# Steps take these in turn: other samples, so other timesteps and noise, on the same pixels.
+NUM_BATCHES = 4
+
+_SYLLABLES = ("ka", "lo", "mi", "ne", "ru", "sa", "to", "ve")
+
+
+def latent_shape(config: RunConfig, bucket: Bucket) -> tuple[int, int, int, int]:
+    """A sample's latents (C, T, H, W), without building a pretrained encoder where its public
+    configuration tells."""
+    encoder = config.video_encoder
+    size = (bucket.num_frames, bucket.height, bucket.width)
+    class_name, known = AUTOENCODER_CONFIGS.get(encoder.path, ("", {}))
+    if encoder.kind == "diffusers" and encoder.class_name == class_name == "AutoencoderKL":
+        blocks = known["block_out_channels"]
+        assert isinstance(blocks, tuple)
+        factor = 2 ** (len(blocks) - 1)
+        channels = known["latent_channels"]
+        assert isinstance(channels, int)
+        return channels, *latent_size(*size, downsample=(1, factor, factor))
+    unread = with_encoder_weights(config, "random").video_encoder
+    return build_video_encoder(unread, "cpu").latent_shape(*size)
+
+
+def random_inputs(
+    config: RunConfig,
+    model: Model,
+    bucket: Bucket,
+    latents: tuple[int, int, int, int],
+    *,
+    micro_batch: int,
+    mesh: Mesh,
+    seed: int,
+) -> list[Inputs]:
+    """Micro-batches as encoders would give them: latents, and captions of full length or labels."""
+    device = mesh.device
+    generator = torch.Generator(device)
+    generator.manual_seed(named_seed(seed, f"benchmark/inputs/{mesh.dp_rank}"))
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    if model.condition == "label":
+        high = config.model.num_classes
+        labels_B = torch.randint(high, (micro_batch,), generator=generator, device=device)
+        condition = {"labels_B": labels_B}
+    else:
+        tokens, width = config.model.max_caption_tokens, config.model.caption_channels
+        dtype = compute_dtype(config.parallel, device)
+        condition = {
+            "prompt_embeds_BLK": normal(micro_batch, tokens, width, dtype=dtype),
+            "prompt_mask_BL": torch.ones(micro_batch, tokens, dtype=torch.bool, device=device),
+        }
+    if config.model.micro_conditioning:
+        condition |= size_condition(micro_batch, bucket.height, bucket.width, device)
+    inputs = Inputs(
+        clean_BCTHW=normal(micro_batch, *latents),
+        condition=condition,
+        keys=_keys(0, micro_batch, mesh, seed),
+        pixel_size=(bucket.height, bucket.width),
+        weights_B=torch.ones(micro_batch, device=device),
+    )
+    return [
+        replace(inputs, keys=_keys(turn, micro_batch, mesh, seed).to(device))
+        for turn in range(NUM_BATCHES)
+    ]
+
+
+def random_batches(
+    config: RunConfig, bucket: Bucket, number: int, *, micro_batch: int, mesh: Mesh, seed: int
+) -> list[Batch]:
+    """Micro-batches as the loader would give them: noise as pixels, made-up words as captions.
+
+    They lie in pinned host memory, decoded: what a step does not contain is decoding.
+    """
+    chosen = named_seed(seed, f"benchmark/batches/{mesh.dp_rank}")
+    generator = torch.Generator().manual_seed(chosen)
+    shape = (micro_batch, 3, bucket.num_frames, bucket.height, bucket.width)
+    words = random.Random(chosen)
+    keys = _keys(0, micro_batch, mesh, seed)
+    batch = Batch(
+        pixels_BCTHW=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
+        captions=[_caption(words, config.text_encoder.max_tokens) for _ in range(micro_batch)],
+        labels_B=torch.randint(config.model.num_classes, (micro_batch,), generator=generator),
+        epochs_B=keys.epochs_B,
+        sample_ids_B=keys.sample_ids_B,
+        weights_B=torch.ones(micro_batch),
+        bucket=number,
+    )
+    if mesh.device.type == "cuda":
+        batch = batch.pin_memory()
+    turns = [_keys(turn, micro_batch, mesh, seed).sample_ids_B for turn in range(NUM_BATCHES)]
+    if mesh.device.type == "cuda":
+        turns = [ids_B.pin_memory() for ids_B in turns]
+    return [replace(batch, sample_ids_B=ids_B) for ids_B in turns]
+
+
+def _keys(turn: int, micro_batch: int, mesh: Mesh, seed: int) -> SampleKeys:
+    first = (turn * mesh.dp_size + mesh.dp_rank) * micro_batch
+    ids_B = torch.arange(first, first + micro_batch)
+    return SampleKeys(seed, torch.zeros(micro_batch, dtype=torch.int64), ids_B)
+
+
+def _caption(words: random.Random, tokens: int) -> str:
+    """At least as many tokens as an encoder takes: every word is one or more."""
+    return " ".join("".join(words.choices(_SYLLABLES, k=2)) for _ in range(tokens))

@@ -1,0 +1,90 @@
+"""A table as a picture: each row's bars as shares of its floor, or of its own speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from longtake.benchmark.records import RowReport, TableReport
+from longtake.benchmark.render import headline, number
+
+# In colours that read on white as on black.
+_TEXT, _PALE, _MIDDLE, _STRONG = "#7a848e", "#b9c9d6", "#8fadc4", "#d0533f"
+_HEIGHT = 0.26
+
+
+def plot_table(report: TableReport, path: Path) -> None:
+    """Draw every measured row: Longtake, plain torch, best elsewhere, and the floor as a mark.
+
+    Rows differ by a factor of thousands in samples per second, so each is drawn relative to its
+    floor; one without a floor relative to Longtake's own speed.
+
+    Raises: ImportError with the install command when matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            "drawing the benchmark needs matplotlib: pip install 'longtake[train]'"
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in report.rows if row.fast.measurement is not None]
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.95 * max(1, len(rows))), dpi=160)
+    labelled: set[str] = set()
+    longest = 1.0
+    for place, row in enumerate(rows):
+        unit = _unit(row)
+        for slot, (label, value, colour) in enumerate(_bars(row)):
+            if value is None:
+                continue
+            longest = max(longest, value / unit)
+            axes.barh(
+                place + (slot - 1) * _HEIGHT,
+                value / unit,
+                height=_HEIGHT,
+                color=colour,
+                label=label if label not in labelled else None,
+            )
+            labelled.add(label)
+            axes.text(
+                value / unit + 0.01,
+                place + (slot - 1) * _HEIGHT,
+                f"{number(value)} samples/s",
+                va="center",
+                fontsize=7,
+                color=_TEXT,
+            )
+        if row.floor_samples_per_second is not None:
+            bottom, top = place - 1.6 * _HEIGHT, place + 1.6 * _HEIGHT
+            label = "floor by arithmetic" if "floor" not in labelled else None
+            axes.plot([1, 1], [bottom, top], color=_TEXT, linewidth=2, label=label)
+            labelled.add("floor")
+    axes.set_yticks(range(len(rows)), [row.title for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.3 * longest)  # room for the figures
+    axes.set_xlabel("samples/s, relative to the row's floor (or own speed)", color=_TEXT)
+    axes.set_title(headline(report), color=_TEXT, fontsize=10)
+    axes.tick_params(colors=_TEXT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["bottom", "left"]].set_color(_TEXT)
+    if rows:
+        axes.legend(frameon=False, labelcolor=_TEXT, fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, transparent=True)
+    pyplot.close(figure)
+
+
+def _unit(row: RowReport) -> float:
+    assert row.fast.measurement is not None
+    return row.floor_samples_per_second or row.fast.measurement.samples_per_second
+
+
+def _bars(row: RowReport) -> list[tuple[str, float | None, str]]:
+    fast, plain = row.fast.measurement, row.plain and row.plain.measurement
+    known = max((figure.samples_per_second for figure in row.known), default=None)
+    return [
+        ("Longtake", fast.samples_per_second if fast else None, _STRONG),
+        ("best elsewhere (H200)", known, _MIDDLE),
+        ("plain torch, this run", plain.samples_per_second if plain else None, _PALE),
+    ]

@@ -1,0 +1,294 @@
+"""The rows of the seed's three tables: what each measures here, and what was printed for it there.
+
+The seed is Open-Sora 1.0's page on acceleration, 8 H800 GPUs, encoders on-line in every video row.
+Three of its rows are labelled otherwise than their own figures allow (tokens/s must be samples/s
+times tokens a sample); their notes say so. Its "DiT" with several frames is PixArt with attention
+over all tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import get_args, get_type_hints
+
+from longtake.benchmark.records import Encoders, Figure
+from longtake.config import RunConfig, preset, with_encoder_weights
+from longtake.data import Bucket
+from longtake.models import ModelConfig
+from longtake.parallel import ParallelConfig
+
+TABLES = ("images", "video", "encoders")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A configuration to be timed, and figures to stand beside it."""
+
+    key: str
+    title: str
+    table: str
+    config: RunConfig
+    encoders: Encoders = "absent"
+    micro_batch: int | None = None
+    """None: the best is searched."""
+    policies: tuple[str, ...] = ("none",)
+    """Activation checkpointing: the first that fits into memory."""
+    has_plain: bool = True
+    """Whether the same on plain torch is measured beside it."""
+    printed: tuple[Figure, ...] = ()
+    known: tuple[Figure, ...] = ()
+
+
+def _printed(what: str, samples_per_second: float, note: str = "") -> Figure:
+    """As the seed prints it, per GPU."""
+    figure = {"what": what, "samples_per_second": samples_per_second}
+    return Figure(**figure, gpu="H800 (one of 8)", note=note)
+
+
+def _known(what: str, samples_per_second: float, note: str = "") -> Figure:
+    """The best of what a user could run instead, measured 2026-11-22 on one H200 with PyTorch
+    2.11, CUDA events, random data, no encoders, no EMA."""
+    figure = {"what": what, "samples_per_second": samples_per_second}
+    return Figure(**figure, gpu="H200", note=note)
+
+
+_META = _known("DiT's original model, bf16, SDPA, torch.compile of the model, batch 128", 576)
+_MISLABELLED = (
+    "printed as 64x512, but its tokens/s are samples/s times the 16,384 tokens of 16x512, and the "
+    "accelerated pair equals the seed's own 16x512 row"
+)
+_PER_PAIR = (
+    "per pair of GPUs: times 368,640 tokens it is twice the printed 18k tokens/s/GPU, so 0.05 a GPU"
+)
+
+
+def rows(table: str) -> list[Row]:
+    """The rows of a table, or of "all", the cheapest first."""
+    chosen = [row for row in _ROWS if table in (row.table, "all")]
+    if not chosen:
+        raise ValueError(f"table={table} does not exist: use {', '.join(TABLES)} or all")
+    return chosen
+
+
+def tiny(row: Row) -> Row:
+    """The same row in a size that a laptop's processor runs in a second: to try the command."""
+    config = row.config
+    buckets = tuple(
+        replace(bucket, num_frames=min(bucket.num_frames, 4), height=32, width=32, batch_size=2)
+        for bucket in config.data.buckets
+    )
+    quickstart = preset("quickstart")
+    channels = quickstart.model.in_channels
+    has_text = config.text_encoder.kind != "none"
+    model = replace(
+        config.model,
+        size="tiny",
+        depth=1,
+        in_channels=channels,
+        caption_channels=quickstart.text_encoder.channels if has_text else 4096,
+        max_caption_tokens=quickstart.text_encoder.max_tokens if has_text else 120,
+    )
+    config = replace(
+        config,
+        model=model,
+        data=replace(config.data, buckets=buckets),
+        video_encoder=quickstart.video_encoder,
+        text_encoder=quickstart.text_encoder if has_text else config.text_encoder,
+        sampling=replace(
+            config.sampling, sampler=replace(config.sampling.sampler, guidance_channels=None)
+        ),
+    )
+    micro_batch = None if row.micro_batch is None else min(row.micro_batch, 2)
+    return replace(row, config=config, micro_batch=micro_batch, printed=(), known=())
+
+
+def _video(
+    key: str,
+    title: str,
+    name: str,
+    model: ModelConfig | None = None,
+    *,
+    frames: int | None = None,
+    side: int | None = None,
+    table: str = "video",
+    **fields: object,
+) -> Row:
+    """A row of a preset, perhaps of another model or at another size, with random encoders."""
+    config = preset(name)
+    bucket = config.data.buckets[0]
+    bucket = Bucket(
+        num_frames=frames or bucket.num_frames,
+        height=side or bucket.height,
+        width=side or bucket.width,
+        batch_size=1,
+    )
+    config = replace(
+        with_encoder_weights(config, "random"),
+        model=model or config.model,
+        data=replace(config.data, buckets=(bucket,)),
+    )
+    return Row(key=key, title=title, table=table, config=config, **fields)  # pyright: ignore[reportArgumentType]
+
+
+def _t5_fp32(row: Row, *, unsplit: bool, **fields: object) -> Row:
+    """The same row with the seed's slow encoders: T5 in fp32, the VAE perhaps in a single call."""
+    config = row.config
+    config = replace(config, text_encoder=replace(config.text_encoder, dtype="fp32"))
+    if unsplit:
+        config = replace(
+            config, video_encoder=replace(config.video_encoder, frames_per_call=1_000_000)
+        )
+    slow = "T5 in fp32, VAE in one call" if unsplit else "T5 in fp32"
+    return replace(
+        row,
+        key=f"{row.key}-slow-encoders",
+        title=f"{row.title}, {slow}",
+        config=config,
+        has_plain=False,
+        **fields,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _policies() -> tuple[str, ...]:
+    """All of them, from the fastest to the one that needs least memory."""
+    return get_args(get_type_hints(ParallelConfig)["checkpointing"])
+
+
+_FULL_256 = preset("pixart-xl2-16x256").model
+_FULL_512 = replace(_FULL_256, space_scale=1.0)
+
+_ON_LINE_256 = _video(
+    "stdit-16x256-on-line",
+    "STDiT-XL/2 16x256, encoders on-line",
+    "stdit-xl2-16x256",
+    table="encoders",
+    encoders="on-line",
+    printed=(_printed("w. faster T5, 16x256 (also the row STDiT 16x256)", 7.00),),
+)
+_ON_LINE_512 = _video(
+    "stdit-16x512-on-line",
+    "STDiT-XL/2 16x512, encoders on-line",
+    "stdit-xl2-16x512",
+    table="encoders",
+    encoders="on-line",
+    printed=(_printed("w. both, 64x512", 1.45, _MISLABELLED),),
+)
+_ON_LINE_64 = _video(
+    "stdit-64x512-on-line",
+    "STDiT-XL/2 64x512, encoders on-line",
+    "stdit-xl2-64x512",
+    table="encoders",
+    encoders="on-line",
+    policies=_policies(),
+    printed=(_printed("STDiT (GC) 64x512", 0.40),),
+)
+
+# From the cheapest to the dearest step, so that a run which is cut short has most of them.
+_ROWS = (
+    _video(
+        "dit-256",
+        "DiT-XL/2 256x256",
+        "dit-xl2-256",
+        table="images",
+        known=(_META,),
+    ),
+    _video(
+        "dit-256-batch128",
+        "DiT-XL/2 256x256, micro-batch 128",
+        "dit-xl2-256",
+        table="images",
+        micro_batch=128,
+        printed=(
+            _printed("DiT", 100),
+            _printed("OpenDiT", 175),
+            _printed("OpenSora", 175),
+        ),
+        known=(_META,),
+    ),
+    _video(
+        "dit-256-on-line",
+        "DiT-XL/2 256x256, VAE on-line",
+        "dit-xl2-256",
+        table="images",
+        encoders="on-line",
+    ),
+    _video(
+        "stdit-16x256",
+        "STDiT-XL/2 16x256",
+        "stdit-xl2-16x256",
+        printed=(_printed("STDiT 16x256", 7.00, "encoders on-line"),),
+        known=(
+            _known("Open-Sora 1.0's model, no checkpointing, compiled per block, batch 16", 22.2),
+        ),
+    ),
+    _video(
+        "full-16x256",
+        "full attention (PixArt-XL/2) 16x256",
+        "pixart-xl2-16x256",
+        printed=(_printed("DiT 16x256", 7.20, "encoders on-line"),),
+        known=(_known("Open-Sora 1.0's PixArt, SDPA, batch 16", 16.2),),
+    ),
+    _video(
+        "stdit-16x512",
+        "STDiT-XL/2 16x512",
+        "stdit-xl2-16x512",
+        printed=(_printed("STDiT 16x512", 1.45, "encoders on-line"),),
+        known=(
+            _known("Open-Sora 1.0's model, no checkpointing, compiled per block, batch 4", 4.90),
+        ),
+    ),
+    _ON_LINE_256,
+    _t5_fp32(
+        _ON_LINE_256,
+        unsplit=False,
+        micro_batch=8,
+        printed=(_printed("Baseline, 16x256", 6.16),),
+    ),
+    _video(
+        "full-16x512",
+        "full attention (PixArt-XL/2) 16x512",
+        "pixart-xl2-16x256",
+        _FULL_512,
+        side=512,
+        printed=(_printed("DiT 16x512", 0.85, "encoders on-line"),),
+        known=(_known("Open-Sora 1.0's PixArt, SDPA, batch 4", 1.93),),
+    ),
+    _video(
+        "stdit-64x512",
+        "STDiT-XL/2 64x512",
+        "stdit-xl2-64x512",
+        policies=_policies(),
+        printed=(_printed("STDiT (GC) 64x512", 0.40, "encoders on-line"),),
+        known=(_known("Open-Sora 1.0's model, checkpointing, batch 4", 0.71),),
+    ),
+    _ON_LINE_512,
+    _t5_fp32(
+        _ON_LINE_512,
+        unsplit=True,
+        micro_batch=2,
+        printed=(_printed("Baseline, 64x512", 0.94, _MISLABELLED),),
+    ),
+    _ON_LINE_64,
+    _t5_fp32(_ON_LINE_64, unsplit=True, micro_batch=1, printed=()),
+    _video(
+        "stdit-360x512",
+        "STDiT-XL/2 360x512",
+        "stdit-xl2-64x512",
+        frames=360,
+        micro_batch=1,
+        policies=("full",),
+        printed=(_printed("STDiT (GC, sp=2) 360x512", 0.10, _PER_PAIR),),
+        known=(_known("Open-Sora 1.0's sequence parallelism on 2 GPUs, checkpointing", 0.102),),
+    ),
+    _video(
+        "full-64x512",
+        "full attention (PixArt-XL/2) 64x512",
+        "pixart-xl2-16x256",
+        replace(_FULL_512, time_scale=2 / 3),
+        frames=64,
+        side=512,
+        policies=_policies(),
+        printed=(_printed("DiT (GC) 64x512", 0.08, "encoders on-line"),),
+        known=(_known("Open-Sora 1.0's PixArt, SDPA, checkpointing, batch 1", 0.121),),
+    ),
+)

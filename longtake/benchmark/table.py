@@ -1,0 +1,188 @@
+"""A table, row by row: Longtake's step, the plain one beside it, the floor under both."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from longtake.benchmark.jobs import Finished, Job, RunJob
+from longtake.benchmark.measure import Say, Sizing, StepOptions, as_plain
+from longtake.benchmark.records import (
+    MachineReport,
+    Measurement,
+    Outcome,
+    Protocol,
+    RowReport,
+    TableReport,
+)
+from longtake.benchmark.rows import Row
+from longtake.config import RunConfig, from_plain, to_plain
+from longtake.planning import Ceilings, floor_seconds, token_grid
+
+
+def select(rows: Sequence[Row], patterns: Sequence[str]) -> list[Row]:
+    """The rows whose key fits one of the patterns (`stdit-*`); all of them without any.
+
+    Raises: ValueError for a pattern that fits none.
+    """
+    for pattern in patterns:
+        if not any(fnmatch.fnmatch(row.key, pattern) for row in rows):
+            known = ", ".join(row.key for row in rows)
+            raise ValueError(f"--rows {pattern} fits none of {known}")
+    return [
+        row for row in rows if not patterns or any(fnmatch.fnmatch(row.key, p) for p in patterns)
+    ]
+
+
+def measure_table(
+    table: str,
+    rows: Sequence[Row],
+    *,
+    machine: MachineReport,
+    protocol: Protocol,
+    run_job: RunJob,
+    say: Say,
+    earlier: TableReport | None = None,
+    with_plain: bool = True,
+    done: Callable[[TableReport], None] = lambda report: None,
+) -> TableReport:
+    """Measure the rows in their order; `done` gets the table after each side of each.
+
+    Rows that `earlier` has are taken over. A side that failed there is measured again.
+    """
+    kept = {row.key: row for row in earlier.rows} if earlier else {}
+    order = list(dict.fromkeys([*kept, *(row.key for row in rows)]))
+    report = TableReport(
+        table=table,
+        environment=machine.environment,
+        protocol=protocol,
+        ceilings=machine.ceilings,
+    )
+
+    def keep(row: RowReport) -> None:
+        nonlocal report
+        kept[row.key] = row
+        report = replace(report, rows=tuple(kept[key] for key in order if key in kept))
+        done(report)
+
+    for number, row in enumerate(rows, start=1):
+        before = kept.get(row.key)
+        say(f"row {number} of {len(rows)}: {row.title}")
+        if before is not None and before.fast.measurement is not None:
+            found = before
+            say("  taken over")
+        else:
+            fast = _fast(row, protocol, run_job, say)
+            found = RowReport(
+                key=row.key, title=row.title, fast=fast, printed=row.printed, known=row.known
+            )
+        keep(_compared(found, machine.ceilings))
+        if row.has_plain and with_plain and not (found.plain and found.plain.measurement):
+            size = found.fast.measurement.micro_batch if found.fast.measurement else None
+            plain = _plain(row, size or row.micro_batch or 1, protocol, run_job, say)
+            keep(_compared(replace(found, plain=plain), machine.ceilings))
+    return report
+
+
+def _fast(row: Row, protocol: Protocol, run_job: RunJob, say: Say) -> Outcome:
+    """Longtake's own step under the first policy that fits."""
+    sizing: Sizing = "search" if row.micro_batch is None else "fixed"
+    return _first_that_fits(
+        row.config, row.policies, sizing, row.micro_batch, row, protocol, run_job, say
+    )
+
+
+def _plain(row: Row, micro_batch: int, protocol: Protocol, run_job: RunJob, say: Say) -> Outcome:
+    """The plain step at the same micro-batch, or at the largest half of it that fits, or with every
+    block recomputed."""
+    say("  the same on plain torch")
+    outcome = _first_that_fits(
+        as_plain(row.config),
+        ("none", "full"),
+        "halve",
+        micro_batch,
+        row,
+        protocol,
+        run_job,
+        say,
+    )
+    found, notes = outcome.measurement, []
+    if found is None:
+        return outcome
+    if found.checkpointing != "none":
+        notes.append("does not fit without recomputing every block")
+    if found.micro_batch < micro_batch:
+        notes.append(f"micro-batch {micro_batch} does not fit")
+    return replace(outcome, note="; ".join(notes))
+
+
+def _first_that_fits(
+    config: RunConfig,
+    policies: Sequence[str],
+    sizing: Sizing,
+    micro_batch: int | None,
+    row: Row,
+    protocol: Protocol,
+    run_job: RunJob,
+    say: Say,
+) -> Outcome:
+    options = StepOptions(
+        protocol=protocol, encoders=row.encoders, sizing=sizing, micro_batch=micro_batch
+    )
+    finished: Finished | None = None
+    for policy in policies:
+        say(f"  activation checkpointing: {policy}")
+        chosen: Any = policy
+        own = replace(config, parallel=replace(config.parallel, checkpointing=chosen))
+        finished = run_job(Job(own, options))
+        if not finished.does_not_fit:
+            break
+    assert finished is not None, "a row has at least one policy"
+    if finished.outcome.failure:
+        say(f"  failed: {finished.outcome.failure}")
+    return finished.outcome
+
+
+def _compared(row: RowReport, ceilings: Ceilings) -> RowReport:
+    """With what follows from both sides: the speed-up, and the floor at the row's micro-batch."""
+    fast, plain = row.fast.measurement, row.plain and row.plain.measurement
+    return replace(
+        row,
+        speedup=fast.samples_per_second / plain.samples_per_second if fast and plain else None,
+        floor_samples_per_second=floor_rate(fast, row.fast.config, ceilings) if fast else None,
+    )
+
+
+def floor_rate(measured: Measurement, config: dict[str, Any], ceilings: Ceilings) -> float | None:
+    """Samples per second at the ceilings, the micro-batch being the measured one; None with
+    encoders in the step."""
+    if measured.encoders != "absent":
+        return None
+    run = from_plain(config, RunConfig, source="row")
+    depth, hidden_size, _ = run.model.dimensions
+    return 1 / floor_seconds(
+        run.model.name,
+        token_grid(measured.latents[1:], patch=run.model.patch_size),
+        hidden_size=hidden_size,
+        depth=depth,
+        parameters=measured.parameters,
+        micro_batch=measured.micro_batch,
+        ceilings=ceilings,
+        text_tokens=run.model.max_caption_tokens,
+        mlp_ratio=run.model.mlp_ratio,
+    )
+
+
+def same_settings(report: TableReport, rows: Sequence[Row]) -> bool:
+    """Whether the report's rows were measured on these configurations, checkpointing aside."""
+    wanted = {row.key: to_plain(row.config) for row in rows}
+    for row in report.rows:
+        if row.key in wanted:
+            found = {**row.fast.config, "parallel": dict(row.fast.config["parallel"])}
+            expected = {**wanted[row.key], "parallel": dict(wanted[row.key]["parallel"])}
+            found["parallel"]["checkpointing"] = expected["parallel"]["checkpointing"] = None
+            if found != expected:
+                return False
+    return True

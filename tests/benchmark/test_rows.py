@@ -1,0 +1,82 @@
+from collections import Counter
+
+import pytest
+import torch
+
+from longtake.benchmark.inputs import latent_shape
+from longtake.benchmark.rows import TABLES, rows, tiny
+from longtake.config import work_of_latents
+from longtake.models import build_model_from_config
+from tests.benchmark.conftest import row
+
+ALL = rows("all")
+
+
+def test_tables_are_parts_of_all():
+    assert Counter(row.table for row in ALL) == {name: len(rows(name)) for name in TABLES}
+    assert len({row.key for row in ALL}) == len(ALL)
+    with pytest.raises(ValueError, match="table=pictures does not exist: use images"):
+        rows("pictures")
+
+
+def _tokens(row):
+    latents = latent_shape(row.config, row.config.data.buckets[0])
+    return work_of_latents(row.config, latents[1:], samples=1)["tokens"]
+
+
+def test_cheap_rows_come_first():
+    # By the tokens of a sample, which is what a cut-short run should lose the largest of.
+    without_encoders = [row for row in ALL if row.encoders == "absent"]
+    tokens = [min(_tokens(row), 65_536) for row in without_encoders]
+    assert tokens == sorted(tokens)
+
+
+# The seed's printed tokens/s, and the tokens a sample that they rest on.
+@pytest.mark.parametrize(
+    ("key", "what", "printed_tokens", "factor"),
+    [
+        ("dit-256-batch128", "DiT", 26e3, 1),
+        ("dit-256-batch128", "OpenSora", 45e3, 1),
+        ("full-16x256", "DiT 16x256", 29e3, 1),
+        ("stdit-16x256", "STDiT 16x256", 28e3, 1),
+        ("full-16x512", "DiT 16x512", 14e3, 1),
+        ("stdit-16x512", "STDiT 16x512", 23e3, 1),
+        ("full-64x512", "DiT (GC) 64x512", 5e3, 1),
+        ("stdit-64x512", "STDiT (GC) 64x512", 25e3, 1),
+        ("stdit-360x512", "STDiT (GC, sp=2) 360x512", 18e3, 0.5),  # printed per pair
+        ("stdit-16x256-on-line-slow-encoders", "Baseline, 16x256", 25e3, 1),
+        ("stdit-16x512-on-line-slow-encoders", "Baseline, 64x512", 15e3, 1),  # mislabelled
+        ("stdit-16x512-on-line", "w. both, 64x512", 23e3, 1),  # mislabelled
+    ],
+)
+def test_printed_samples_times_tokens_are_the_printed_tokens(key, what, printed_tokens, factor):
+    found = row(key)
+    figure = next(figure for figure in found.printed if figure.what.startswith(what))
+    product = figure.samples_per_second * _tokens(found) * factor
+    assert product == pytest.approx(printed_tokens, rel=0.06)
+
+
+def test_mislabelled_rows_say_so():
+    notes = {figure.what: figure.note for row in ALL for figure in row.printed}
+    assert "16,384 tokens of 16x512" in notes["Baseline, 64x512"]
+    assert "16,384 tokens of 16x512" in notes["w. both, 64x512"]
+    assert "0.05 a GPU" in notes["STDiT (GC, sp=2) 360x512"]
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["full", "tiny"])
+@pytest.mark.parametrize("one", ALL, ids=lambda row: row.key)
+def test_row_is_a_model_that_can_be_built(one, made):
+    config = (tiny(one) if made else one).config
+    with torch.device("meta"):
+        model = build_model_from_config(config.model)
+    parameters = sum(param.numel() for param in model.parameters())
+    assert parameters < 1e6 if made else parameters > 600e6
+    assert (model.condition == "label") == (config.text_encoder.kind == "none")
+    assert made or config.uses_random_encoders
+
+
+def test_slow_encoders_are_those_of_the_seed():
+    slow = row("stdit-16x512-on-line-slow-encoders").config
+    assert slow.text_encoder.dtype == "fp32"
+    assert slow.video_encoder.frames_per_call > 64 * 16
+    assert row("stdit-16x512-on-line").config.text_encoder.dtype == "auto"

@@ -1,0 +1,160 @@
+from dataclasses import replace
+
+import pytest
+
+from longtake.benchmark.jobs import Finished
+from longtake.benchmark.plot import plot_table
+from longtake.benchmark.records import Outcome, Protocol, load_report, save_report
+from longtake.benchmark.render import markdown, show
+from longtake.benchmark.table import measure_table, same_settings, select
+from longtake.config import to_plain
+from longtake.ops.kernels import PLAIN
+from tests.benchmark.conftest import machine, measurement, row
+
+ROWS = [row("stdit-16x256"), row("stdit-64x512")]
+
+
+class _Device:
+    """Answers jobs as a device would on which only some of them fit."""
+
+    def __init__(self, fits=lambda job: True):
+        self.fits, self.jobs = fits, []
+
+    def __call__(self, job):
+        self.jobs.append(job)
+        config = to_plain(job.config)
+        if not self.fits(job):
+            failure = "out of memory at micro-batch 1"
+            return Finished(Outcome(config=config, failure=failure), does_not_fit=True)
+        is_plain = job.config.kernels == PLAIN
+        found = measurement(
+            250.0 if is_plain else 100.0,
+            micro_batch=job.options.micro_batch or 8,
+            checkpointing=job.config.parallel.checkpointing,
+            encoders=job.options.encoders,
+        )
+        return Finished(Outcome(config=config, measurement=found))
+
+
+def _measure(device, rows=ROWS, **options):
+    said = []
+    report = measure_table(
+        "video",
+        rows,
+        machine=machine(),
+        protocol=Protocol(),
+        run_job=device,
+        say=said.append,
+        **options,
+    )
+    return report, said
+
+
+def test_each_row_has_its_plain_step_at_the_same_micro_batch():
+    device = _Device()
+    report, _ = _measure(device)
+    assert [one.key for one in report.rows] == ["stdit-16x256", "stdit-64x512"]
+    fast, plain = device.jobs[:2]
+    assert (fast.options.sizing, fast.options.micro_batch) == ("search", None)
+    assert (plain.options.sizing, plain.options.micro_batch) == ("halve", 8)
+    assert plain.config.kernels == PLAIN
+    assert plain.config.parallel.compile is False
+    assert report.rows[0].speedup == pytest.approx(2.5)
+    # The 17 TFLOP of a sample need about 35 ms at the ceilings.
+    assert 25 < report.rows[0].floor_samples_per_second < 35
+
+
+def test_checkpointing_is_taken_up_only_where_memory_asks_for_it():
+    device = _Device(lambda job: job.config.parallel.checkpointing != "none")
+    report, _ = _measure(device, [row("stdit-64x512")])
+    assert report.rows[0].fast.measurement.checkpointing != "none"
+    assert report.rows[0].plain.note == "does not fit without recomputing every block"
+    # This row has no other policy.
+    report, said = _measure(device, [row("stdit-16x256")])
+    assert report.rows[0].fast.failure == "out of memory at micro-batch 1"
+    assert any("failed: out of memory" in line for line in said)
+
+
+def test_a_row_that_fails_does_not_stop_the_others():
+    def crash(job):
+        if job.config.name == "stdit-xl2-16x256":
+            return Finished(Outcome(config=to_plain(job.config), failure="the process died"))
+        return _Device()(job)
+
+    report, _ = _measure(crash)
+    assert report.rows[0].fast.failure == "the process died"
+    assert report.rows[0].speedup is None
+    assert report.rows[1].fast.measurement is not None
+
+
+def test_table_is_handed_on_after_every_step_and_can_be_completed(tmp_path):
+    path, device = tmp_path / "table.json", _Device()
+
+    def interrupted(job):
+        if len(device.jobs) == 2:
+            raise KeyboardInterrupt
+        return device(job)
+
+    with pytest.raises(KeyboardInterrupt):
+        _measure(interrupted, done=lambda report: save_report(path, report))
+    kept = load_report(path, type(_measure(_Device())[0]))
+    assert [one.key for one in kept.rows] == ["stdit-16x256"]
+    assert same_settings(kept, ROWS)
+    other = replace(ROWS[0], config=replace(ROWS[0].config, seed=7))
+    assert not same_settings(kept, [other])
+
+    second = _Device()
+    report, said = _measure(second, earlier=kept)
+    assert [job.config.name for job in second.jobs] == ["stdit-xl2-64x512"] * 2
+    assert "  taken over" in said
+    assert report.rows[0] == kept.rows[0]
+    assert len(report.rows) == 2
+
+
+def test_rows_are_chosen_by_pattern():
+    assert [one.key for one in select(ROWS, ["*-64x512"])] == ["stdit-64x512"]
+    assert select(ROWS, []) == ROWS
+    with pytest.raises(ValueError, match="--rows dit fits none of stdit-16x256, stdit-64x512"):
+        select(ROWS, ["dit"])
+
+
+def test_markdown_says_everything():
+    report, _ = _measure(_Device(lambda job: job.config.kernels != PLAIN))
+    text = markdown(report)
+    for part in (
+        "# longtake bench table video: NVIDIA H200, 2026-11-23",
+        "longtake bench table video",
+        "power.limit 700 W",
+        "commit abc",
+        "5 warm-up steps",
+        "forward, backward, clipping, AdamW, EMA",
+        "989 TFLOP/s",
+        "| STDiT-XL/2 16x256 | 8 | 80 |",
+        "37.5 / 42.9 %",  # 300 of 800 and of 700 TFLOP/s
+        "70.0 / 75.0",
+        "30.3 %",
+        "not measured: out of memory at micro-batch 1",
+        "spatial cudnn, temporal triton",
+        "H800 (one of 8)",
+        "Copies: 4 TB/s",
+    ):
+        assert part in text, part
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    widths = {line.count("|") - line.count("\\|") for line in table}
+    assert len(widths) == 3  # one for each of the three tables
+
+
+def test_terminal_table_does_not_wrap_into_a_file(capsys):
+    from rich.console import Console
+
+    show(_measure(_Device())[0], Console())
+    out = capsys.readouterr().out
+    assert any("STDiT-XL/2 16x256" in line and "2.5" in line for line in out.splitlines())
+
+
+def test_plot_shows_rows_that_were_measured(tmp_path):
+    pytest.importorskip("matplotlib")
+    report, _ = _measure(_Device(lambda job: job.config.name != "stdit-xl2-64x512"))
+    plot_table(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    plot_table(replace(report, rows=()), tmp_path / "empty.png")
