@@ -48,9 +48,8 @@ NOTES = (
 
 
 def show(report: TableReport, console: Console) -> None:
-    """The table on a terminal; where it is no terminal, wide enough not to wrap."""
-    if not console.is_terminal:
-        console = Console(file=console.file, width=220, soft_wrap=True)
+    """The table on a terminal, or as text elsewhere."""
+    console = wide(console)
     console.print(f"[bold]{escape(headline(report))}[/]", highlight=False)
     console.print(escape(describe_protocol(report.protocol)), highlight=False)
     for title, headings, rows in _parts(report):
@@ -62,6 +61,13 @@ def show(report: TableReport, console: Console) -> None:
             grid.add_row(*map(escape, cells))
         console.print(grid)
     console.print(escape(ceilings_text(report.ceilings)), highlight=False)
+
+
+def wide(console: Console) -> Console:
+    """The same console; where it is no terminal, wide enough not to wrap tables."""
+    if console.is_terminal:
+        return console
+    return Console(file=console.file, width=220, soft_wrap=True)
 
 
 def markdown(report: TableReport) -> str:

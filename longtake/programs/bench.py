@@ -35,6 +35,7 @@ from longtake.benchmark.measure import (
     measure_step,
 )
 from longtake.benchmark.plot import plot_table
+from longtake.benchmark.profile import ProfileReport, profile_step, show_profile
 from longtake.benchmark.protocol import describe_protocol
 from longtake.benchmark.records import (
     Encoders,
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     programs: dict[str, Callable[[list[str]], int]] = {
         "table": _table,
         "step": _step,
+        "profile": _profile,
         "ceilings": _ceilings,
         "compare": _compare,
     }
@@ -250,6 +252,73 @@ def _step(arguments: list[str]) -> int:
             if report.measurement is not None:
                 _show_step(report, brief=options.brief)
         return status
+
+
+_PROFILE = """\
+Split the step of a configuration into its parts and name its costliest kernels: --preset NAME or
+--config FILE, dotted overrides as in train. Buckets take turns.
+
+  --micro-batch N        samples per step and process; default: each bucket's batch size
+  --also-bucket FxHxW    one more shape (frames, pixels, pixels), to see what alternating costs
+  --encoders WHAT        absent (random latents; the default) or on-line
+  --profiled-steps N     of each bucket; default 3
+  --trace FILE           keep the profiler's trace, for chrome://tracing or Perfetto
+  --warmup, --steps, --seconds, --seed   the protocol of the steps before
+  --json FILE            write the report
+"""
+
+
+def _profile(arguments: list[str]) -> int:
+    parser = _step_options("longtake bench profile")
+    parser.add_argument("--also-bucket", action="append", default=[])
+    parser.add_argument("--profiled-steps", type=int, default=3)
+    parser.add_argument("--trace", type=Path)
+    options, rest = parser.parse_known_args(arguments)
+    config = parse_run(rest, prog="longtake bench profile", description=_PROFILE)
+    config = _with_buckets(config, options.also_bucket)
+    with ExitStack() as at_exit:
+        mesh = _start(config, at_exit)
+        found = profile_step(
+            config,
+            mesh,
+            StepOptions(
+                protocol=_protocol(options),
+                encoders=options.encoders,
+                micro_batch=options.micro_batch,
+            ),
+            steps=options.profiled_steps,
+            trace=options.trace,
+            say=_printer(mesh),
+        )
+        if mesh.is_first:
+            show_profile(found, Console())
+            if options.json is not None:
+                report = ProfileReport(
+                    environment=describe_machine(mesh.device),
+                    protocol=_protocol(options),
+                    config=to_plain(config),
+                    profile=found,
+                )
+                save_report(options.json, report)
+    return 0
+
+
+def _with_buckets(config: RunConfig, texts: Sequence[str]) -> RunConfig:
+    """The configuration with more buckets, as large in pixels as the first as samples allow."""
+    first = config.data.buckets[0]
+    buckets = list(config.data.buckets)
+    pixels = first.batch_size * first.num_frames * first.height * first.width
+    for text in texts:
+        sizes = text.split("x")
+        if len(sizes) != 3 or not all(size.isdigit() for size in sizes):
+            raise ValueError(f"--also-bucket {text}: expected frames x height x width, 16x512x512")
+        frames, height, width = map(int, sizes)
+        batch_size = max(1, pixels // max(1, frames * height * width))
+        bucket = replace(
+            first, num_frames=frames, height=height, width=width, batch_size=batch_size
+        )
+        buckets.append(bucket)
+    return replace(config, data=replace(config.data, buckets=tuple(buckets)))
 
 
 def _step_options(prog: str) -> argparse.ArgumentParser:

@@ -131,3 +131,17 @@ def test_a_row_whose_process_dies_says_why(tmp_path):
     assert said[-1] == "error: bucket=5: the configuration has 1 buckets"
     finished = run_in_process(job, say=said.append, timeout_seconds=0.2)
     assert "was killed" in (finished.outcome.failure or "")
+
+
+def test_profile_splits_a_step_and_writes_a_report(tmp_path):
+    path = tmp_path / "profile.json"
+    arguments = ("--preset", "quickstart", *SMALL, "--micro-batch", 1, *QUICK, "--json", path)
+    more = ("--profiled-steps", 1, "--also-bucket", "1x32x32")
+    outcome = longtake("bench", "profile", *arguments, *more)
+    assert outcome.status == 0, outcome.err
+    assert "Steps of 2x64x96 at micro-batch 1, 1x32x32 at micro-batch 1" in outcome.out
+    profile = json.loads(path.read_text())["profile"]
+    assert profile["split"]["parts_ms"]["backward"] > 0
+    assert len(profile["split"]["costliest"]) == 10
+    outcome = longtake("bench", "profile", "--also-bucket", "32x32")
+    assert "expected frames x height x width" in outcome.err
