@@ -46,9 +46,10 @@ PLAIN = KernelConfig(
 )
 """Plain torch with explicit softmax: what everything else is measured and checked against."""
 
-# What the packed temporal kernel keeps in one tile, and the most text tokens that stay on chip.
+# What our kernels keep on chip: the frames of a packed sequence, text tokens, values of a head.
 MAX_PACKED_FRAMES = 64
 MAX_TEXT_TOKENS = 256
+MAX_HEAD_SIZE = 128
 # From this many keys on, FlashAttention-4's faster inner loop outweighs padding heads for it.
 MIN_FA4_KEYS = 2048
 
@@ -121,7 +122,7 @@ def _candidates(
 ) -> Iterator[AttentionBackend]:
     """From the fastest, as far as measured; docs/benchmarks has the figures."""
     is_half = dtype in (torch.bfloat16, torch.float16)
-    if runs_triton(device):
+    if runs_triton(device) and (is_half or dtype == torch.float32) and head_size <= MAX_HEAD_SIZE:
         if kind == "temporal_attention" and keys <= MAX_PACKED_FRAMES:
             yield "triton"
         if kind == "cross_attention" and keys <= MAX_TEXT_TOKENS:

@@ -11,16 +11,10 @@ pytest.importorskip("triton")
 from longtake.ops import text_attention_kernel
 from longtake.ops.kernels import KernelConfig, kernels_as
 from longtake.ops.text_attention import text_attention, text_attention_reference
-from tests.ops.interpreted_bfloat16 import correct_bfloat16
 
 torch.set_num_threads(1)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = KernelConfig(cross_attention="triton")
-
-
-@pytest.fixture(autouse=True)
-def _bfloat16_as_on_a_gpu():
-    correct_bfloat16()
 
 
 def random_inputs(
