@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -82,7 +81,7 @@ def squared_norm(tensors: Tensors, table: TensorTable | None = None) -> Tensor:
     if not table.num_chunks:
         return total
     sums_C = torch.empty(table.num_chunks, dtype=torch.float32, device=device)
-    with _on(device):
+    with torch.cuda.device_of(total):
         kernels.sum_of_squares_kernel[(table.num_chunks,)](
             table.addresses_RP,
             table.sizes_P,
@@ -139,7 +138,7 @@ def adamw_ema(
     table.write(*lists)
     device, num_tensors = params[0].device, len(params)
     corrections_2P = torch.empty(2, num_tensors, dtype=torch.float32, device=device)
-    with _on(device):
+    with torch.cuda.device_of(corrections_2P):
         kernels.begin_update_kernel[(triton.cdiv(num_tensors, kernels.STEP_BLOCK),)](
             table.addresses_RP[-1],
             num_tensors,
@@ -182,10 +181,6 @@ def _check(tensors: Tensors, *, dtype: torch.dtype) -> None:
     for tensor in tensors:
         assert tensor.dtype == dtype, f"{tensor.dtype} in a list of {dtype}"
         assert tensor.is_contiguous(), f"strides {tensor.stride()} in a list for one launch"
-
-
-def _on(device: torch.device) -> torch.cuda.device | nullcontext:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _triton_dtype(dtype: torch.dtype) -> object:

@@ -132,11 +132,19 @@ def test_twenty_updates_are_those_of_torch(weight_decay: float, offset: int, dty
     assert_as_good(found, updated_by_torch(SIZES, all_gradients, rates, weight_decay), exact)
 
 
-@pytest.mark.parametrize("size", [CHUNK - 1, CHUNK, 2 * CHUNK + 1, 65537])
-def test_tensors_of_several_chunks(size: int):
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        (CHUNK - 1, torch.float32),
+        (CHUNK, torch.bfloat16),
+        (2 * CHUNK + 1, torch.bfloat16),
+        (65537, torch.float32),
+    ],
+)
+def test_tensors_of_several_chunks(size: int, dtype: torch.dtype):
     sizes = (3, size, 5)
     found, exact = Weights(sizes), Weights(sizes, dtype=torch.float64)
-    all_gradients = [gradients_of(step, sizes) for step in range(3)]
+    all_gradients = [gradients_of(step, sizes, dtype) for step in range(3)]
     for gradients in all_gradients:
         found.update(gradients)
         exact.update(gradients, op=adamw_ema_reference)
