@@ -1,4 +1,5 @@
-"""Doctor: what this machine can run, and whether a manifest is fit to train on.
+"""Doctor: what this machine can run, whether it computes right, and whether a manifest is fit to
+train on.
 
 Attention backends, codecs and packages are tried, not looked up: a line that says ok has run.
 """
@@ -9,6 +10,7 @@ import importlib.util
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -39,6 +41,8 @@ _CODECS = ("h264", "hevc", "vp9", "av1", "mpeg4", "mpeg2video", "prores", "mjpeg
 class DoctorCommand:
     """Check this environment; with a manifest, also decode its samples and say which are usable."""
 
+    numerics: bool = False
+    """Also compare every fused operation with plain torch, forward and backward."""
     manifest: str | None = None
     """Manifest to check: CSV, JSONL or Parquet."""
     preset: str | None = None
@@ -65,6 +69,8 @@ def main(arguments: Sequence[str]) -> int:
     findings = [*_machine(), *_attention(), *_processes(), *_codecs(), *_packages()]
     console.print(_table("Environment", findings))
     healthy = all(finding.ok is not False for finding in findings)
+    if command.numerics:
+        healthy &= _print_numerics(console)
     if command.manifest:
         config = replace(_data_config(command), manifest=command.manifest)
         health = inspect_manifest(
@@ -200,6 +206,33 @@ def _table(title: str, findings: list[_Finding]) -> Table:
     for finding in findings:
         table.add_row(marks[finding.ok], finding.subject, escape(finding.text))
     return table
+
+
+def _print_numerics(console: Console) -> bool:
+    """Compare implementations with plain torch, a line each as it comes; whether all are right."""
+    from longtake.ops import numerics  # defines every kernel, which takes a moment
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    console.print(f"\nOperations on {device}: largest error against float64, and what is allowed")
+    absent = numerics.absent(device)
+    if device.type == "cpu" and "triton" in absent:
+        console.print("There are no fused kernels to check on a CPU: only PyTorch's attention is.")
+    else:
+        for name, problem in absent.items():
+            console.print(f"{name} is not checked: {problem}", markup=False, soft_wrap=True)
+    start, num_checks, num_failed = time.perf_counter(), 0, 0
+    for result in numerics.run_checks(device):
+        check = result.check
+        columns = (
+            f"{check.operation:18}  {check.implementation:6}  {check.dtype_name:8}  "
+            f"{check.shape_name:24}  {result.error:7.1e} / {result.allowed:7.1e}  "
+        )
+        verdict = "[green]pass[/]" if result.passed else f"[red]FAIL[/] {escape(result.detail)}"
+        console.print(columns + verdict, highlight=False, soft_wrap=True)
+        num_checks, num_failed = num_checks + 1, num_failed + (not result.passed)
+    seconds = time.perf_counter() - start
+    console.print(f"{num_checks} checks in {seconds:.0f} s, {num_failed} failed", highlight=False)
+    return num_failed == 0
 
 
 def _print_health(console: Console, health: ManifestHealth) -> bool:

@@ -1,5 +1,7 @@
 import pytest
+import torch
 
+from longtake.ops import numerics
 from longtake.programs import doctor
 from tests.programs.runs import save_config, tiny_config, write_manifest
 
@@ -29,6 +31,37 @@ def test_doctor_fails_when_something_needed_does_not_work(monkeypatch, capsys):
     status, out = _doctor(capsys)
     assert status == 1
     assert "not usable: no encoder" in out
+
+
+def _result(passed, detail):
+    check = numerics.Check(
+        operation="gelu", implementation="triton", dtype=torch.bfloat16, shape={"N": 3, "D": 8}
+    )
+    error = 1e-3 if passed else 0.5
+    return numerics.Result(
+        check=check, passed=passed, error=error, allowed=4e-3, detail=detail, seconds=0.1
+    )
+
+
+def test_doctor_compares_attention_with_plain_torch_where_there_are_no_kernels(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, out = _doctor(capsys, "--numerics")
+    assert status == 0
+    assert "There are no fused kernels to check on a CPU" in out
+    assert "self_attention      sdpa    bfloat16  B=2 N=37 A=2 E=24" in out
+    assert " 0 failed" in out
+
+
+def test_doctor_shows_each_comparison_and_fails_with_it(monkeypatch, capsys):
+    results = [_result(True, "out"), _result(False, "dx")]
+    monkeypatch.setattr(numerics, "run_checks", lambda device: iter(results))
+    status, out = _doctor(capsys, "--numerics")
+    assert status == 1
+    assert "gelu                triton  bfloat16  N=3 D=8" in out
+    assert "1.0e-03 / 4.0e-03  pass" in out
+    assert "5.0e-01 / 4.0e-03  FAIL dx" in out
+    assert "2 checks in 0 s, 1 failed" in out
 
 
 def test_doctor_finds_a_good_manifest_healthy(tmp_path, manifest, capsys):
