@@ -13,7 +13,7 @@ from longtake.diffusion import Objective
 from longtake.parallel import sync_gradients
 from longtake.pipeline.inputs import Inputs
 from longtake.pipeline.loss import training_loss
-from longtake.training import Ema, apply_update, clip_gradients
+from longtake.training import Ema, update_weights
 
 # The step's parts, as a profile shows them.
 FORWARD, BACKWARD, OPTIMIZER = "longtake.forward", "longtake.backward", "longtake.optimizer"
@@ -64,7 +64,7 @@ def training_step(
             weighted.backward()
         loss += weighted.detach()
     with record_function(OPTIMIZER):
-        gradient_norm = clip_gradients(trainee.model, clip_norm)
-        applied = apply_update(trainee.optimizer, gradient_norm, lr=lr)
-        trainee.ema.update(step, applied)
+        gradient_norm, applied = update_weights(
+            trainee.model, trainee.optimizer, trainee.ema, clip_norm=clip_norm, lr=lr, step=step
+        )
     return StepResult(loss=loss, gradient_norm=gradient_norm, applied=applied)

@@ -31,9 +31,8 @@ from longtake.training import (
     EmaConfig,
     OptimizerConfig,
     SkippedUpdates,
-    apply_update,
     build_optimizer,
-    clip_gradients,
+    update_weights,
 )
 
 pytestmark = [
@@ -111,8 +110,9 @@ def test_step_never_waits_for_the_device(objective_name: str, vae_folder: str):
             )
             loss = training_loss(model, objective, inputs, condition_dropout=0.1).mean()
             loss.backward()
-            applied = apply_update(optimizer, clip_gradients(model, 1.0), lr=1e-3)
-            ema.update(number, applied)
+            _, applied = update_weights(
+                model, optimizer, ema, clip_norm=1.0, lr=1e-3, step=number
+            )
             skipped.add(applied)
             return loss.detach()
 
