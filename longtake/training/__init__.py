@@ -15,11 +15,9 @@ from longtake.training.metrics import MetricsConfig, MetricsLog, read_metrics
 from longtake.training.optimizer import (
     OptimizerConfig,
     SkippedUpdates,
-    apply_update,
     build_optimizer,
-    clip_gradients,
 )
-from longtake.training.progress import ProgressBar, show_log
+from longtake.training.progress import ProgressBar, clock, show_log
 from longtake.training.run_folder import RunFolder, environment, find_checkpoint
 from longtake.training.schedule import ScheduleConfig, learning_rate
 from longtake.training.stop import STOPPED_EXIT_CODE, StopRequest
@@ -46,9 +44,8 @@ __all__ = [
     "StopRequest",
     "Throughput",
     "ThroughputMeter",
-    "apply_update",
     "build_optimizer",
-    "clip_gradients",
+    "clock",
     "environment",
     "find_checkpoint",
     "hold_run_folder",
