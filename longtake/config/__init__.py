@@ -10,6 +10,7 @@ from longtake.config.command_line import (
     with_encoder_weights,
 )
 from longtake.config.files import dump_yaml, from_plain, load_yaml, to_plain
+from longtake.config.layers import attention_layers, kernels_by_layer, verify_kernels
 from longtake.config.presets import PRESETS, preset
 from longtake.config.record import run_record
 from longtake.config.resume import changes
@@ -25,11 +26,13 @@ __all__ = [
     "ValidationConfig",
     "Work",
     "as_options",
+    "attention_layers",
     "changes",
     "check_conditions",
     "check_parts",
     "dump_yaml",
     "from_plain",
+    "kernels_by_layer",
     "load_yaml",
     "override",
     "parse_run",
@@ -38,6 +41,7 @@ __all__ = [
     "run_record",
     "throughput_meter",
     "to_plain",
+    "verify_kernels",
     "with_encoder_weights",
     "work_of_latents",
     "work_of_step",

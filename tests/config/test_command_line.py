@@ -72,5 +72,5 @@ def test_set_is_another_spelling_of_an_override():
     arguments = ["--preset", "quickstart", "--set", "model.depth=2", "--set", "optimizer.lr=1e-3"]
     config = parse_train(arguments).config
     assert (config.model.depth, config.optimizer.lr) == (2, 1e-3)
-    with pytest.raises(ValueError, match="--set model.depth: expected key=value"):
+    with pytest.raises(ValueError, match=r"--set model\.depth: expected key=value"):
         parse_train(["--set", "model.depth"])

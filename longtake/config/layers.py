@@ -1,0 +1,89 @@
+"""Which implementation each kind of layer of a run takes, at its own shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from longtake.config.run import RunConfig
+from longtake.ops.kernels import Kind, attention_backend, elementwise, kernels_as
+from longtake.parallel import compute_dtype
+from longtake.planning import token_grid
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One kind of attention that a model has."""
+
+    name: str
+    kind: Kind
+    keys: int
+
+
+def attention_layers(config: RunConfig, latents: tuple[int, int, int]) -> list[AttentionLayer]:
+    """The kinds of attention in a model on so many latent frames, rows and columns."""
+    model = config.model
+    grid = token_grid(latents, patch=model.patch_size)
+    if model.name in ("dit", "pixart"):
+        found = [AttentionLayer("full", "self_attention", grid.total)]
+    else:
+        found = [
+            AttentionLayer("spatial", "self_attention", grid.space),
+            AttentionLayer("temporal", "temporal_attention", grid.time),
+        ]
+    if model.name not in ("dit", "latte"):
+        found.append(AttentionLayer("text", "cross_attention", model.max_caption_tokens))
+    return found
+
+
+def kernels_by_layer(
+    config: RunConfig, latents: tuple[int, int, int], device: torch.device
+) -> dict[str, str]:
+    """The implementation by kind of layer, those of `KernelConfig` that are "auto" resolved."""
+    _, hidden_size, num_heads = config.model.dimensions
+    dtype = compute_dtype(config.parallel, device)
+    with kernels_as(config.kernels):
+        found: dict[str, str] = {
+            layer.name: attention_backend(
+                layer.kind,
+                keys=layer.keys,
+                head_size=hidden_size // num_heads,
+                dtype=dtype,
+                device=device,
+            )
+            for layer in attention_layers(config, latents)
+        }
+        found["element-wise"] = elementwise(torch.empty(0, dtype=dtype, device=device))
+    return found
+
+
+def verify_kernels(
+    config: RunConfig, shapes: Sequence[tuple[int, int, int]], device: torch.device
+) -> list[str]:
+    """Checks the kernels that a run is about to use against plain torch; why any of them failed.
+
+    What "auto" had chosen and fails is ruled out for this process. Takes seconds on a GPU.
+    """
+    from longtake.ops.numerics import AttentionUse, verify_chosen  # defines every kernel
+
+    _, hidden_size, num_heads = config.model.dimensions
+    uses = {
+        AttentionUse(
+            kind=layer.kind,
+            keys=layer.keys,
+            head_size=hidden_size // num_heads,
+            num_heads=num_heads,
+        )
+        for latents in shapes
+        for layer in attention_layers(config, latents)
+    }
+    with kernels_as(config.kernels):
+        results = verify_chosen(
+            device,
+            compute_dtype(config.parallel, device),
+            attentions=sorted(uses, key=lambda use: (use.kind, use.keys)),
+            hidden_size=hidden_size,
+        )
+    return [result.reason for result in results if not result.passed]
