@@ -42,6 +42,8 @@ class _Sizes:
 _GPU = _Sizes(8192, 65_536, 2**32, (256, 1024, 4096, 16_384, 65_536), 65_536)
 # Enough to try the command on a processor.
 _CPU = _Sizes(256, 32, 2**24, (16, 64), 64)
+# About 20 ms.
+_HEAD_START_CYCLES = 40_000_000
 # The products of an XL block: q, k and v; output; both layers of the MLP.
 LINEARS = ((1152, 3456), (1152, 1152), (1152, 4608), (4608, 1152))
 
@@ -92,9 +94,11 @@ def _attention(
     return flops / seconds_of(run, device, repeats=5)
 
 
-def seconds_of(run: Callable[[], object], device: torch.device, *, repeats: int = 10) -> float:
-    """The median time of a call after three of warm-up."""
-    for _ in range(3):
+def seconds_of(
+    run: Callable[[], object], device: torch.device, *, repeats: int = 10, warmup: int = 3
+) -> float:
+    """The median time of a call after a few of warm-up; on a GPU its own, not the host's."""
+    for _ in range(warmup):
         run()
     if device.type != "cuda":
         times = []
@@ -104,6 +108,9 @@ def seconds_of(run: Callable[[], object], device: torch.device, *, repeats: int 
             times.append(time.perf_counter() - start)
         return statistics.median(times)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    # The device is kept busy until the host has all calls in its queue: short kernels would
+    # otherwise be timed by how fast they are launched.
+    torch.cuda._sleep(_HEAD_START_CYCLES)
     events[0].record()
     for event in events[1:]:
         run()

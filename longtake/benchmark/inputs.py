@@ -8,6 +8,7 @@ Letters: B batch, C channels, T frames, H W height and width, L text tokens, K t
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -118,6 +119,24 @@ def random_batches(
     if mesh.device.type == "cuda":
         turns = [ids_B.pin_memory() for ids_B in turns]
     return [replace(batch, sample_ids_B=ids_B) for ids_B in turns]
+
+
+def with_buckets(config: RunConfig, texts: Sequence[str]) -> RunConfig:
+    """The configuration with more buckets, as large in pixels as the first as samples allow."""
+    first = config.data.buckets[0]
+    buckets = list(config.data.buckets)
+    pixels = first.batch_size * first.num_frames * first.height * first.width
+    for text in texts:
+        sizes = text.split("x")
+        if len(sizes) != 3 or not all(size.isdigit() for size in sizes):
+            raise ValueError(f"--also-bucket {text}: expected frames x height x width, 16x512x512")
+        frames, height, width = map(int, sizes)
+        batch_size = max(1, pixels // max(1, frames * height * width))
+        bucket = replace(
+            first, num_frames=frames, height=height, width=width, batch_size=batch_size
+        )
+        buckets.append(bucket)
+    return replace(config, data=replace(config.data, buckets=tuple(buckets)))
 
 
 def _keys(turn: int, micro_batch: int, mesh: Mesh, seed: int) -> SampleKeys:

@@ -29,11 +29,10 @@ def clocks_now(device: torch.device) -> str | None:
 def _ask_gpu(device: torch.device, fields: tuple[str, ...]) -> dict[str, str]:
     if device.type != "cuda":
         return {}
-    # The driver's own numbering, which CUDA_VISIBLE_DEVICES does not change.
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    which = ["-i", f"GPU-{uuid}"] if uuid is not None else []
+    # Not by its number: CUDA_VISIBLE_DEVICES changes PyTorch's numbering, not the driver's.
+    uuid = torch.cuda.get_device_properties(device).uuid
     query = [f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    answer = _output(["nvidia-smi", *which, *query])
+    answer = _output(["nvidia-smi", "-i", f"GPU-{uuid}", *query])
     values = answer.splitlines()[0].split(", ") if answer else []
     return dict(zip(fields, values, strict=False))
 

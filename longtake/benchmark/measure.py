@@ -20,11 +20,11 @@ from longtake.benchmark.search import (
     memory_allows,
 )
 from longtake.benchmark.subject import Subject, Workload
-from longtake.config import RunConfig, work_of_latents
-from longtake.ops.kernels import PLAIN, Kind, attention_backend, elementwise, kernels_as
+from longtake.config import RunConfig, kernels_by_layer, verify_kernels, work_of_latents
+from longtake.ops.kernels import PLAIN, kernels_as
 from longtake.parallel import Mesh, compute_dtype, is_compiled
 from longtake.pipeline import StepResult
-from longtake.planning import model_flops_utilization, peak_bf16_flops, token_grid
+from longtake.planning import model_flops_utilization, peak_bf16_flops
 
 Sizing = Literal["fixed", "halve", "search"]
 Say = Callable[[str], None]
@@ -91,6 +91,10 @@ class _Bench:
 
     def measure(self) -> Measurement:
         protocol = self.options.protocol
+        if self.mesh.device.type == "cuda":
+            # As training does: what is wrong on this device is not timed.
+            for reason in verify_kernels(self.config, [self.latents[1:]], self.mesh.device):
+                self.say(f"not used, its check failed: {reason}")
         micro_batch, trials = self._size()
         self.say(f"timing micro-batch {micro_batch}")
         timed = self._attempt(micro_batch, protocol)
@@ -172,11 +176,13 @@ class _Bench:
             subject = self._get_subject()
             timed = _time(subject, subject.workload(self.options.bucket, micro_batch), protocol)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         # Only now: the error's frames held what the step had allocated.
         if timed is None:
             subject = self._subject = None
+            if is_compiled(self.config.parallel, self.mesh.device):
+                torch.compiler.reset()  # compiled code may hold on to the model
             free_memory(self.mesh.device)
         return timed
 
@@ -214,7 +220,7 @@ class _Bench:
             precision={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
             compiled=is_compiled(config.parallel, mesh.device),
             checkpointing=config.parallel.checkpointing,
-            kernels=kernels_by_layer(config, self.latents, mesh),
+            kernels=kernels_by_layer(config, self.latents[1:], mesh.device),
             first_loss=timed.first_loss,
             last_loss=timed.last_loss,
             clocks=timed.clocks,
@@ -254,7 +260,7 @@ def _time(subject: Subject, workload: Workload, protocol: Protocol) -> _Timed:
     return _Timed(times, clocks, allocated, reserved, losses[0], losses[-1])
 
 
-def _is_out_of_memory(error: BaseException | None) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether it is the device's memory that ran out, whichever library noticed."""
     if error is None:
         return False
@@ -262,7 +268,7 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
     return (
         isinstance(error, torch.OutOfMemoryError)
         or any(word in str(error) for word in words)
-        or _is_out_of_memory(error.__cause__)
+        or is_out_of_memory(error.__cause__)
     )
 
 
@@ -272,36 +278,6 @@ def free_memory(device: torch.device) -> None:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def kernels_by_layer(
-    config: RunConfig, latents: tuple[int, int, int, int], mesh: Mesh
-) -> dict[str, str]:
-    """The implementation that each kind of layer takes at these shapes."""
-    _, hidden_size, num_heads = config.model.dimensions
-    dtype = compute_dtype(config.parallel, mesh.device)
-    grid = token_grid(latents[1:], patch=config.model.patch_size)
-
-    def backend(kind: Kind, keys: int) -> str:
-        return attention_backend(
-            kind,
-            keys=keys,
-            head_size=hidden_size // num_heads,
-            dtype=dtype,
-            device=mesh.device,
-        )
-
-    found = {}
-    with kernels_as(config.kernels):
-        if config.model.name in ("dit", "pixart"):
-            found["full"] = backend("self_attention", grid.total)
-        else:
-            found["spatial"] = backend("self_attention", grid.space)
-            found["temporal"] = backend("temporal_attention", grid.time)
-        if config.model.name in ("pixart", "stdit", "stdit2"):
-            found["text"] = backend("cross_attention", config.model.max_caption_tokens)
-        found["element-wise"] = elementwise(torch.empty(0, dtype=dtype, device=mesh.device))
-    return found
 
 
 def as_plain(config: RunConfig) -> RunConfig:

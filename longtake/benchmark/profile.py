@@ -18,10 +18,11 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from longtake.benchmark.graphs import Graphs, count_graphs, describe_graphs
-from longtake.benchmark.measure import Say, StepOptions
+from longtake.benchmark.measure import Say, StepOptions, is_out_of_memory
 from longtake.benchmark.protocol import time_steps
 from longtake.benchmark.records import FORMAT, Protocol
 from longtake.benchmark.render import number, wide
+from longtake.benchmark.search import DoesNotFit
 from longtake.benchmark.subject import Subject
 from longtake.benchmark.trace import PARTS, STEP, Split, split_step
 from longtake.config import RunConfig
@@ -63,36 +64,50 @@ def profile_step(
     trace: Path | None = None,
     say: Say = lambda text: None,
 ) -> Profile:
-    """Profile steps of all buckets in turn, `steps` of each; `trace` keeps the profiler's file."""
+    """Profile steps of all buckets in turn, `steps` of each; `trace` keeps the profiler's file.
+
+    Raises: DoesNotFit if the device's memory cannot hold them.
+    """
+    try:
+        with kernels_as(config.kernels):
+            return _profile_buckets(config, mesh, options, steps, trace, say)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise DoesNotFit("out of memory") from None
+        raise
+
+
+def _profile_buckets(
+    config: RunConfig, mesh: Mesh, options: StepOptions, steps: int, trace: Path | None, say: Say
+) -> Profile:
     buckets = config.data.buckets
-    with kernels_as(config.kernels):
-        subject = Subject(config, mesh, encoders=options.encoders, seed=options.protocol.seed)
-        workloads = [
-            subject.workload(
-                number, options.micro_batch or max(1, bucket.batch_size // mesh.world_size)
-            )
-            for number, bucket in enumerate(buckets)
-        ]
-        turns = cycle(workloads)
-
-        def run() -> None:
-            subject.step(next(turns))
-
-        say("warming up, then timing without the profiler")
-        for _ in buckets:
-            run()
-        timed, _ = time_steps(run, mesh.device, options.protocol)
-        graphs = count_graphs()
-        say("profiling")
-        split = _profiled(run, 1 + steps * len(buckets), mesh, trace)
-        return Profile(
-            buckets=tuple(map(str, buckets)),
-            micro_batches=tuple(workload.micro_batch for workload in workloads),
-            unprofiled_step_ms=fmean(timed.step_ms),
-            split=split,
-            graphs=describe_graphs(),
-            compiled_meanwhile=count_graphs() - graphs,
+    subject = Subject(config, mesh, encoders=options.encoders, seed=options.protocol.seed)
+    workloads = [
+        subject.workload(
+            number, options.micro_batch or max(1, bucket.batch_size // mesh.world_size)
         )
+        for number, bucket in enumerate(buckets)
+    ]
+    turns = cycle(workloads)
+
+    def run() -> None:
+        subject.step(next(turns))
+
+    say("warming up, then timing without the profiler")
+    for _ in buckets:
+        run()
+    timed, _ = time_steps(run, mesh.device, options.protocol)
+    graphs = count_graphs()
+    say("profiling")
+    split = _profiled(run, 1 + steps * len(buckets), mesh, trace)
+    return Profile(
+        buckets=tuple(map(str, buckets)),
+        micro_batches=tuple(workload.micro_batch for workload in workloads),
+        unprofiled_step_ms=fmean(timed.step_ms),
+        split=split,
+        graphs=describe_graphs(),
+        compiled_meanwhile=count_graphs() - graphs,
+    )
 
 
 def _profiled(run: Callable[[], None], steps: int, mesh: Mesh, trace: Path | None) -> Split:
@@ -100,7 +115,7 @@ def _profiled(run: Callable[[], None], steps: int, mesh: Mesh, trace: Path | Non
     if mesh.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
         torch.cuda.synchronize()
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         for _ in range(steps):
             with record_function(STEP):
                 run()

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from longtake.benchmark.measure import describe_step
 from longtake.benchmark.protocol import describe_protocol
-from longtake.benchmark.records import Measurement, Outcome, RowReport, TableReport
+from longtake.benchmark.records import Measurement, Outcome, RowReport, StepReport, TableReport
+from longtake.benchmark.table import floor_rate
 from longtake.planning import Ceilings
 
 Cells = tuple[str, ...]
@@ -61,6 +62,36 @@ def show(report: TableReport, console: Console) -> None:
             grid.add_row(*map(escape, cells))
         console.print(grid)
     console.print(escape(ceilings_text(report.ceilings)), highlight=False)
+
+
+def show_step(report: StepReport, console: Console, *, brief: bool) -> None:
+    """One measured step: a line, or a table of a single row with its floor."""
+    measured = report.measurement
+    assert measured is not None
+    if brief:
+        times = measured.timing
+        console.print(
+            f"micro-batch {measured.micro_batch}: {number(measured.samples_per_second)} samples/s, "
+            f"{number(times.median_ms)} ms ({number(times.min_ms)}–{number(times.max_ms)})",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
+    floor = report.ceilings and floor_rate(measured, report.config, report.ceilings)
+    row = RowReport(
+        key="step",
+        title=f"{measured.model} {measured.setting}",
+        fast=Outcome(config=report.config, measurement=measured),
+        floor_samples_per_second=floor,
+    )
+    table = TableReport(
+        table="step",
+        environment=report.environment,
+        protocol=report.protocol,
+        ceilings=report.ceilings,
+        rows=(row,),
+    )
+    show(table, console)
 
 
 def wide(console: Console) -> Console:

@@ -9,7 +9,7 @@ from longtake.benchmark.records import Trial
 # Going on is worth it from here.
 _GAIN = 1.01
 # Below so many tokens no GPU worth timing is busy: nothing is tried there, unless it must be.
-_FIRST_TOKENS = 16_384
+_FIRST_TOKENS = 32_768
 # What fragments and libraries take beside the tensors, as a share of the memory.
 _SPARE = 0.04
 

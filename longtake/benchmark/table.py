@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from longtake.benchmark.jobs import Finished, Job, RunJob
@@ -16,6 +17,7 @@ from longtake.benchmark.records import (
     Protocol,
     RowReport,
     TableReport,
+    load_report,
 )
 from longtake.benchmark.rows import Row
 from longtake.config import RunConfig, from_plain, to_plain
@@ -173,6 +175,40 @@ def floor_rate(measured: Measurement, config: dict[str, Any], ceilings: Ceilings
         text_tokens=run.model.max_caption_tokens,
         mlp_ratio=run.model.mlp_ratio,
     )
+
+
+def earlier_table(
+    folder: Path | None, rows: Sequence[Row], protocol: Protocol, *, is_resumed: bool
+) -> TableReport | None:
+    """The report in the folder that is to be completed, if there is one.
+
+    Raises: ValueError if it must not be overwritten, or does not go with what is to be measured.
+    """
+    path = None if folder is None else folder / "table.json"
+    if not is_resumed:
+        if path is not None and path.exists():
+            raise ValueError(f"{path} exists: add --resume to complete it, or name another folder")
+        return None
+    if path is None:
+        raise ValueError("--resume completes the table in --output: name the folder")
+    if not path.exists():
+        return None
+    earlier = load_report(path, TableReport)
+    if earlier.protocol != protocol or not same_settings(earlier, rows):
+        raise ValueError(
+            f"{path} was measured with other settings or another protocol: give the same options, "
+            "or name another folder"
+        )
+    return earlier
+
+
+def taken_over(earlier: TableReport, environment: dict[str, Any]) -> dict[str, Any]:
+    """What to note of rows taken over. Raises: ValueError if they are of another device."""
+    before, now = (one.get("device", {}).get("name") for one in (earlier.environment, environment))
+    if before != now:
+        raise ValueError(f"the table to be completed was measured on {before}, this is {now}")
+    commit = earlier.environment.get("taken_over_from") or earlier.environment.get("commit")
+    return {"taken_over_from": commit} if commit != environment.get("commit") else {}
 
 
 def same_settings(report: TableReport, rows: Sequence[Row]) -> bool:

@@ -3,6 +3,7 @@
 longtake bench table images|video|encoders|all [--output DIR]
 longtake bench step --preset NAME [overrides as in train]
 longtake bench profile --preset NAME [overrides as in train]
+longtake bench ops [--only "attention*"]
 longtake bench ceilings
 longtake bench compare before.json after.json
 """
@@ -25,6 +26,7 @@ from rich.table import Table
 
 from longtake.benchmark.ceilings import measure_ceilings
 from longtake.benchmark.compare import compare
+from longtake.benchmark.inputs import with_buckets
 from longtake.benchmark.jobs import DOES_NOT_FIT, ask_machine, run_in_process, stopwatch
 from longtake.benchmark.machine import describe_machine
 from longtake.benchmark.measure import (
@@ -34,25 +36,24 @@ from longtake.benchmark.measure import (
     free_memory,
     measure_step,
 )
+from longtake.benchmark.operations import TINY, Shapes
+from longtake.benchmark.ops import OpsReport, measure_operations, show_operations
 from longtake.benchmark.plot import plot_table
 from longtake.benchmark.profile import ProfileReport, profile_step, show_profile
 from longtake.benchmark.protocol import describe_protocol
 from longtake.benchmark.records import (
     Encoders,
     MachineReport,
-    Outcome,
     Protocol,
-    RowReport,
     StepReport,
     TableReport,
     load_any_report,
-    load_report,
     save_report,
 )
-from longtake.benchmark.render import ceilings_text, markdown, number, show
+from longtake.benchmark.render import ceilings_text, markdown, number, show, show_step
 from longtake.benchmark.rows import Row, rows, tiny
 from longtake.benchmark.search import DoesNotFit
-from longtake.benchmark.table import floor_rate, measure_table, same_settings, select
+from longtake.benchmark.table import earlier_table, measure_table, select, taken_over
 from longtake.config import RunConfig, as_options, override, parse_run, to_plain
 from longtake.parallel import Mesh, build_mesh, start_distributed, stop_distributed
 
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str]) -> int:
         "table": _table,
         "step": _step,
         "profile": _profile,
+        "ops": _ops,
         "ceilings": _ceilings,
         "compare": _compare,
     }
@@ -75,7 +77,12 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if rest[0] not in programs:
         raise ValueError(f"bench {rest[0]} does not exist: use {', '.join(programs)}")
-    return programs[rest[0]](rest[1:])
+    try:
+        return programs[rest[0]](rest[1:])
+    except DoesNotFit as error:
+        advice = "a smaller --micro-batch, --sizing search or --parallel.checkpointing full may fit"
+        print(f"error: {error}: {advice}", file=sys.stderr)
+        return DOES_NOT_FIT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +127,11 @@ def _table(arguments: list[str]) -> int:
             print(f"{row.key:34} {row.title}")
         return 0
     say = stopwatch(lambda text: print(text, flush=True))
-    earlier = _earlier(command, chosen)
+    earlier = earlier_table(command.output, chosen, command.protocol, is_resumed=command.resume)
     machine = ask_machine(say=say)
     environment = machine.environment | {"command": ["longtake", "bench", "table", *arguments]}
     if earlier is not None:
-        environment |= _same_machine(earlier, environment)
+        environment |= taken_over(earlier, environment)
     report = measure_table(
         command.table,
         chosen,
@@ -159,35 +166,6 @@ def _rows(command: TableCommand) -> list[Row]:
     ]
 
 
-def _earlier(command: TableCommand, chosen: Sequence[Row]) -> TableReport | None:
-    """The report to be completed."""
-    path = None if command.output is None else command.output / "table.json"
-    if not command.resume:
-        if path is not None and path.exists():
-            raise ValueError(f"{path} exists: add --resume to complete it, or name another folder")
-        return None
-    if path is None:
-        raise ValueError("--resume completes the table in --output: name the folder")
-    if not path.exists():
-        return None
-    earlier = load_report(path, TableReport)
-    if earlier.protocol != command.protocol or not same_settings(earlier, chosen):
-        raise ValueError(
-            f"{path} was measured with other settings or another protocol: give the same options, "
-            "or name another folder"
-        )
-    return earlier
-
-
-def _same_machine(earlier: TableReport, environment: dict) -> dict[str, object]:
-    """What to note of rows taken over. Raises: ValueError if they are of another device."""
-    before, now = (one.get("device", {}).get("name") for one in (earlier.environment, environment))
-    if before != now:
-        raise ValueError(f"the table to be completed was measured on {before}, this is {now}")
-    commit = earlier.environment.get("taken_over_from") or earlier.environment.get("commit")
-    return {"taken_over_from": commit} if commit != environment.get("commit") else {}
-
-
 def _write(folder: Path | None, report: TableReport) -> None:
     if folder is not None:
         save_report(folder / "table.json", report)
@@ -209,49 +187,34 @@ Time the step of one configuration: --preset NAME or --config FILE, dotted overr
 
 
 def _step(arguments: list[str]) -> int:
-    options, rest = _step_options("longtake bench step").parse_known_args(arguments)
+    chosen, rest = _step_parser("longtake bench step").parse_known_args(arguments)
     config = parse_run(rest, prog="longtake bench step", description=_STEP)
+    options = _options(chosen)
     with ExitStack() as at_exit:
         mesh = _start(config, at_exit)
         say = _printer(mesh)
-        protocol = _protocol(options)
-        if not options.brief:
+        if not chosen.brief:
             say(f"In a step: {describe_step(options.encoders)}.")
-            say(f"Protocol: {describe_protocol(protocol)}.")
+            say(f"Protocol: {describe_protocol(options.protocol)}.")
         report = StepReport(
-            environment=describe_machine(mesh.device), protocol=protocol, config=to_plain(config)
+            environment=describe_machine(mesh.device),
+            protocol=options.protocol,
+            config=to_plain(config),
         )
-        status = 0
         try:
-            measured = measure_step(
-                config,
-                mesh,
-                StepOptions(
-                    protocol=protocol,
-                    encoders=options.encoders,
-                    sizing=options.sizing,
-                    micro_batch=options.micro_batch,
-                    bucket=options.bucket,
-                ),
-                say,
-            )
-            report = replace(report, measurement=measured)
+            report = replace(report, measurement=measure_step(config, mesh, options, say))
         except DoesNotFit as error:
-            say(
-                f"{error}: a smaller --micro-batch, --sizing search, or more "
-                "--parallel.checkpointing may fit"
-            )
-            report = replace(report, failure=str(error))
-            status = DOES_NOT_FIT
-        if options.ceilings and status == 0:
+            if chosen.json is not None:
+                save_report(chosen.json, replace(report, failure=str(error)))
+            raise
+        if chosen.ceilings:
             free_memory(mesh.device)
             report = replace(report, ceilings=measure_ceilings(mesh.device))
         if mesh.is_first:
-            if options.json is not None:
-                save_report(options.json, report)
-            if report.measurement is not None:
-                _show_step(report, brief=options.brief)
-        return status
+            if chosen.json is not None:
+                save_report(chosen.json, report)
+            show_step(report, Console(), brief=chosen.brief)
+    return 0
 
 
 _PROFILE = """\
@@ -269,59 +232,38 @@ Split the step of a configuration into its parts and name its costliest kernels:
 
 
 def _profile(arguments: list[str]) -> int:
-    parser = _step_options("longtake bench profile")
+    parser = _step_parser("longtake bench profile")
     parser.add_argument("--also-bucket", action="append", default=[])
     parser.add_argument("--profiled-steps", type=int, default=3)
     parser.add_argument("--trace", type=Path)
-    options, rest = parser.parse_known_args(arguments)
+    chosen, rest = parser.parse_known_args(arguments)
     config = parse_run(rest, prog="longtake bench profile", description=_PROFILE)
-    config = _with_buckets(config, options.also_bucket)
+    config = with_buckets(config, chosen.also_bucket)
+    options = _options(chosen)
     with ExitStack() as at_exit:
         mesh = _start(config, at_exit)
         found = profile_step(
             config,
             mesh,
-            StepOptions(
-                protocol=_protocol(options),
-                encoders=options.encoders,
-                micro_batch=options.micro_batch,
-            ),
-            steps=options.profiled_steps,
-            trace=options.trace,
+            options,
+            steps=chosen.profiled_steps,
+            trace=chosen.trace,
             say=_printer(mesh),
         )
         if mesh.is_first:
             show_profile(found, Console())
-            if options.json is not None:
+            if chosen.json is not None:
                 report = ProfileReport(
                     environment=describe_machine(mesh.device),
-                    protocol=_protocol(options),
+                    protocol=options.protocol,
                     config=to_plain(config),
                     profile=found,
                 )
-                save_report(options.json, report)
+                save_report(chosen.json, report)
     return 0
 
 
-def _with_buckets(config: RunConfig, texts: Sequence[str]) -> RunConfig:
-    """The configuration with more buckets, as large in pixels as the first as samples allow."""
-    first = config.data.buckets[0]
-    buckets = list(config.data.buckets)
-    pixels = first.batch_size * first.num_frames * first.height * first.width
-    for text in texts:
-        sizes = text.split("x")
-        if len(sizes) != 3 or not all(size.isdigit() for size in sizes):
-            raise ValueError(f"--also-bucket {text}: expected frames x height x width, 16x512x512")
-        frames, height, width = map(int, sizes)
-        batch_size = max(1, pixels // max(1, frames * height * width))
-        bucket = replace(
-            first, num_frames=frames, height=height, width=width, batch_size=batch_size
-        )
-        buckets.append(bucket)
-    return replace(config, data=replace(config.data, buckets=tuple(buckets)))
-
-
-def _step_options(prog: str) -> argparse.ArgumentParser:
+def _step_parser(prog: str) -> argparse.ArgumentParser:
     default = Protocol()
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     parser.add_argument("--micro-batch", type=int)
@@ -338,9 +280,15 @@ def _step_options(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _protocol(options: argparse.Namespace) -> Protocol:
-    return Protocol(
-        warmup=options.warmup, steps=options.steps, seconds=options.seconds, seed=options.seed
+def _options(chosen: argparse.Namespace) -> StepOptions:
+    return StepOptions(
+        protocol=Protocol(
+            warmup=chosen.warmup, steps=chosen.steps, seconds=chosen.seconds, seed=chosen.seed
+        ),
+        encoders=chosen.encoders,
+        sizing=chosen.sizing,
+        micro_batch=chosen.micro_batch,
+        bucket=chosen.bucket,
     )
 
 
@@ -358,35 +306,6 @@ def _printer(mesh: Mesh) -> Callable[[str], None]:
     return say
 
 
-def _show_step(report: StepReport, *, brief: bool) -> None:
-    measured = report.measurement
-    assert measured is not None
-    if brief:
-        times = measured.timing
-        print(
-            f"micro-batch {measured.micro_batch}: {number(measured.samples_per_second)} samples/s, "
-            f"{number(times.median_ms)} ms ({number(times.min_ms)}–{number(times.max_ms)})"
-        )
-        return
-    floor = None
-    if report.ceilings is not None:
-        floor = floor_rate(measured, report.config, report.ceilings)
-    row = RowReport(
-        key="step",
-        title=f"{measured.model} {measured.setting}",
-        fast=Outcome(config=report.config, measurement=measured),
-        floor_samples_per_second=floor,
-    )
-    table = TableReport(
-        table="step",
-        environment=report.environment,
-        protocol=report.protocol,
-        ceilings=report.ceilings,
-        rows=(row,),
-    )
-    show(table, Console())
-
-
 @dataclass(frozen=True, kw_only=True)
 class CeilingsCommand:
     """Measure what this device can do at best."""
@@ -402,6 +321,36 @@ def _ceilings(arguments: list[str]) -> int:
     print(ceilings_text(report.ceilings))
     if command.json is not None:
         save_report(command.json, report)
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpsCommand:
+    """Time each operation alone, forward and backward, in every implementation that runs here."""
+
+    only: tuple[str, ...] = ()
+    """Operations whose name fits one of these patterns, such as "attention*"."""
+    size: Literal["full", "tiny"] = "full"
+    """tiny tries the command on any machine."""
+    json: Path | None = None
+    """Write the report there, anew after every operation."""
+
+
+def _ops(arguments: list[str]) -> int:
+    command = tyro.cli(OpsCommand, prog="longtake bench ops", args=arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    say = stopwatch(lambda text: print(text, flush=True))
+    shapes = Shapes() if command.size == "full" else TINY
+    say("ceilings")
+    report = OpsReport(
+        environment=describe_machine(device), ceilings=measure_ceilings(device), times=()
+    )
+    for time in measure_operations(shapes, device, report.ceilings, only=command.only, say=say):
+        report = replace(report, times=(*report.times, time))
+        if command.json is not None:
+            save_report(command.json, report)
+    show_operations(report.times, Console())
+    print(ceilings_text(report.ceilings))
     return 0
 
 

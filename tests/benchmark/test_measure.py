@@ -3,8 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from longtake.benchmark import measure as room
-from longtake.benchmark.measure import StepOptions, as_plain, kernels_by_layer, measure_step
+from longtake.benchmark.measure import StepOptions, as_plain, is_out_of_memory, measure_step
 from longtake.benchmark.search import DoesNotFit
 from longtake.benchmark.subject import Subject
 from longtake.ops.kernels import PLAIN, KernelConfig, current_kernels
@@ -83,7 +82,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(mesh, monkeypatch):
     monkeypatch.setattr(Subject, "workload", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         measure_step(tiny_row("dit-256").config, mesh, StepOptions(protocol=QUICK, sizing="halve"))
-    assert room._is_out_of_memory(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"))
+    assert is_out_of_memory(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"))
 
 
 def test_a_loss_that_is_not_finite_is_an_error(mesh, monkeypatch):
@@ -105,19 +104,6 @@ def test_plain_step_runs_on_plain_torch_and_kernels_are_put_back(mesh):
     assert set(measured.kernels.values()) == {"reference"}
     assert not measured.compiled
     assert current_kernels() == KernelConfig()
-
-
-@pytest.mark.parametrize(
-    ("key", "layers"),
-    [
-        ("dit-256", {"full"}),
-        ("full-16x256", {"full", "text"}),
-        ("stdit-16x256", {"spatial", "temporal", "text"}),
-    ],
-)
-def test_every_kind_of_attention_is_named(mesh, key, layers):
-    found = kernels_by_layer(tiny_row(key).config, (16, 4, 4, 4), mesh)
-    assert found.keys() == layers | {"element-wise"}
 
 
 def test_encodings_from_a_store_are_refused_until_there_is_one(mesh):

@@ -64,4 +64,4 @@ def test_memory_is_predicted_by_the_line_through_what_is_needed_anyway():
 
 
 def test_search_begins_where_a_device_is_busy():
-    assert [first_micro_batch(tokens) for tokens in (256, 4096, 16_384, 65_536)] == [64, 4, 1, 1]
+    assert [first_micro_batch(tokens) for tokens in (256, 4096, 16_384, 65_536)] == [128, 8, 2, 1]

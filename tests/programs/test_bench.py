@@ -6,7 +6,7 @@ import pytest
 
 from longtake.benchmark.records import StepReport, TableReport, load_report
 from longtake.programs import bench
-from tests.programs.runs import longtake
+from tests.programs.runs import longtake, longtake_in
 
 QUICK = ("--warmup", 1, "--steps", 2)
 SMALL = ("--model.depth", 1, "--set", "data.buckets.0.num-frames=2")
@@ -145,3 +145,18 @@ def test_profile_splits_a_step_and_writes_a_report(tmp_path):
     assert len(profile["split"]["costliest"]) == 10
     outcome = longtake("bench", "profile", "--also-bucket", "32x32")
     assert "expected frames x height x width" in outcome.err
+
+
+def test_processes_of_one_run_are_timed_together(tmp_path):
+    path = tmp_path / "step.json"
+    arguments = ("--preset", "quickstart", *SMALL, *QUICK, "--no-ceilings", "--json", path)
+    first, second = longtake_in(2, "bench", "step", *arguments)
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert "samples/s" in first.out
+    assert second.out == ""
+    measured = load_report(path, StepReport).measurement
+    assert measured is not None
+    assert measured.num_devices == 2
+    assert measured.micro_batch == 4  # half of the bucket's 8 each
+    searching = longtake_in(2, "bench", "step", *arguments, "--sizing", "search")
+    assert "give --micro-batch a number under torchrun" in searching[0].err
