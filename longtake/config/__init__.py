@@ -15,7 +15,13 @@ from longtake.config.presets import PRESETS, preset
 from longtake.config.record import run_record
 from longtake.config.resume import changes
 from longtake.config.run import RunConfig, SamplingConfig, TrainConfig, ValidationConfig
-from longtake.config.work import Work, throughput_meter, work_of_latents, work_of_step
+from longtake.config.work import (
+    Work,
+    latents_of_bucket,
+    throughput_meter,
+    work_of_latents,
+    work_of_step,
+)
 
 __all__ = [
     "PRESETS",
@@ -33,6 +39,7 @@ __all__ = [
     "dump_yaml",
     "from_plain",
     "kernels_by_layer",
+    "latents_of_bucket",
     "load_yaml",
     "override",
     "parse_run",

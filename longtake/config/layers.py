@@ -8,8 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from longtake.config.run import RunConfig
-from longtake.ops.kernels import Kind, attention_backend, elementwise, kernels_as
-from longtake.parallel import compute_dtype
+from longtake.ops.kernels import (
+    Kind,
+    attention_backend,
+    elementwise,
+    kernels_as,
+    rule_out,
+    ruled_out,
+)
+from longtake.parallel import compute_dtype, gather_json
 from longtake.planning import token_grid
 
 
@@ -64,7 +71,8 @@ def verify_kernels(
 ) -> list[str]:
     """Checks the kernels that a run is about to use against plain torch; why any of them failed.
 
-    What "auto" had chosen and fails is ruled out for this process. Takes seconds on a GPU.
+    What "auto" had chosen and fails on one process is ruled out on all: with different kernels they
+    would wait for each other at different collectives. Takes seconds on a GPU.
     """
     from longtake.ops.numerics import AttentionUse, verify_chosen  # defines every kernel
 
@@ -86,4 +94,7 @@ def verify_kernels(
             attentions=sorted(uses, key=lambda use: (use.kind, use.keys)),
             hidden_size=hidden_size,
         )
+    for process in gather_json([[*choice, why] for choice, why in ruled_out().items()]):
+        for operation, name, why in process:
+            rule_out(operation, name, why)
     return [result.reason for result in results if not result.passed]

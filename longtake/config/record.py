@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-import torch
-
+from longtake.config.layers import kernels_by_layer
 from longtake.config.run import RunConfig
+from longtake.config.work import latents_of_bucket
 from longtake.data import Manifest
 from longtake.encoders import TextEncoder, VideoEncoder
 from longtake.models import Model
-from longtake.ops.attention import choose_backend
+from longtake.ops.kernels import ruled_out
 from longtake.parallel import Mesh, compute_dtype, is_compiled
 from longtake.training import environment
 
@@ -51,17 +51,12 @@ def run_record(
             "dtype": str(compute_dtype(config.parallel, mesh.device)).removeprefix("torch."),
             "compiled_blocks": is_compiled(config.parallel, mesh.device),
             "activation_checkpointing": config.parallel.checkpointing,
-            "attention": _attention_backends(config, mesh),
+            "kernels": {
+                f"{bucket.num_frames}x{bucket.height}x{bucket.width}": kernels_by_layer(
+                    config, latents_of_bucket(video_encoder, bucket), mesh.device
+                )
+                for bucket in config.data.buckets
+            },
+            "kernels_ruled_out": {" ".join(choice): why for choice, why in ruled_out().items()},
         },
-    }
-
-
-def _attention_backends(config: RunConfig, mesh: Mesh) -> dict[str, str]:
-    """Which backend each kind of attention takes."""
-    _, hidden_size, num_heads = config.model.dimensions
-    dtype = compute_dtype(config.parallel, mesh.device)
-    q_BNAE = torch.empty(1, 1, num_heads, hidden_size // num_heads, dtype=dtype, device=mesh.device)
-    return {
-        "self": choose_backend(q_BNAE, q_BNAE, masked=False),
-        "text": choose_backend(q_BNAE, q_BNAE, masked=True),
     }

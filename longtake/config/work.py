@@ -24,10 +24,15 @@ class Work(TypedDict):
 
 def work_of_step(config: RunConfig, video_encoder: VideoEncoder, bucket: Bucket) -> Work:
     """The transformer's work alone; the encoders' is not counted."""
-    _, frames, height, width = video_encoder.latent_shape(
-        bucket.num_frames, bucket.height, bucket.width
-    )
-    return work_of_latents(config, (frames, height, width), samples=bucket.batch_size)
+    latents = latents_of_bucket(video_encoder, bucket)
+    return work_of_latents(config, latents, samples=bucket.batch_size)
+
+
+def latents_of_bucket(video_encoder: VideoEncoder, bucket: Bucket) -> tuple[int, int, int]:
+    """Latent frames, rows and columns of a bucket's samples."""
+    _, *latents = video_encoder.latent_shape(bucket.num_frames, bucket.height, bucket.width)
+    frames, rows, columns = latents
+    return frames, rows, columns
 
 
 def work_of_latents(config: RunConfig, latents: tuple[int, int, int], *, samples: int) -> Work:
