@@ -12,7 +12,8 @@ from pathlib import Path
 
 _COMMANDS = {
     "clips": "put the quickstart's real clips and their manifests into a folder",
-    "train": "train a model on a manifest of clips",
+    "encode": "encode a manifest's clips and captions once, into a latent store to train from",
+    "train": "train a model on a manifest of clips, or on a latent store",
     "sample": "generate videos or images from a run's checkpoint",
     "convert": "read public weights strictly; write safetensors or diffusers' layout",
     "doctor": "check this environment, a manifest, or both",

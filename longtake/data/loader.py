@@ -186,7 +186,7 @@ class ValidationBatches:
         dp_size: int,
         pin_memory: bool,
     ) -> None:
-        self.manifest = source.manifest
+        self.source, self.manifest = source, source.manifest
         self._reader = ValidationReader(config, source, ids)
         self._pin_memory = pin_memory
         self.num_samples = len(ids)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from longtake.data.reader import Reader, Request
+from longtake.data.reader import Reader
 
 _STOP_GRACE_SECONDS = 20
 
@@ -19,8 +19,13 @@ _STOP_GRACE_SECONDS = 20
 class LoaderError(RuntimeError):
     """A worker process died or hangs."""
 
+    def __init__(self, text: str, sample_ids: Sequence[int]) -> None:
+        super().__init__(text)
+        self.sample_ids = tuple(sample_ids)
+        """What such workers were reading, longest first."""
 
-def run_workers(reader: Reader, requests: Iterator[Request], *, pin_memory: bool) -> Iterator[Any]:
+
+def run_workers(reader: Reader, requests: Iterator[Any], *, pin_memory: bool) -> Iterator[Any]:
     """What `reader` makes of each request, in order.
 
     Raises:
@@ -68,28 +73,36 @@ def _blame(error: RuntimeError, reader: Reader) -> RuntimeError:
     text = str(error)
     if match := re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(.*)", text):
         process_ids = {int(number) for number in match[1].split(",")}
-        doing = _doing(reader, process_ids) or "between two samples"
+        sample_ids, doing = _doing(reader, process_ids)
         return LoaderError(
-            f"data worker (process {match[1]}){match[2].rstrip('.')} while reading {doing}. "
+            f"data worker (process {match[1]}){match[2].rstrip('.')} while reading "
+            f"{doing or 'nothing (between two samples)'}. "
             "A file that crashes the decoder should be removed from the manifest; if the system "
-            "ran out of memory, use fewer num_workers or prefetch_batches"
+            "ran out of memory, use fewer num_workers or prefetch_batches",
+            sample_ids,
         )
     if "timed out after" in text:
         seconds = reader.config.worker_timeout_seconds
-        doing = _doing(reader) or "nothing (waiting for a worker to start?)"
+        sample_ids, doing = _doing(reader)
         return LoaderError(
             f"no batch from the data workers for worker_timeout_seconds={seconds:g}; they are "
-            f"reading {doing}. Is the disk reachable? Raise the timeout if files are only slow"
+            f"reading {doing or 'nothing (waiting for a worker to start?)'}. "
+            "Is the disk reachable? Raise the timeout if files are only slow",
+            sample_ids[:1],
         )
     return error
 
 
-def _doing(reader: Reader, process_ids: set[int] | None = None) -> str:
+def _doing(reader: Reader, process_ids: set[int] | None = None) -> tuple[list[int], str]:
     """What the given workers (or all) read at this moment and since when, longest first."""
     now = time.monotonic_ns() // 1_000_000
-    rows = sorted(reader.doing.tolist(), key=lambda row: row[2])
-    return ", ".join(
+    rows = [
+        (process_id, sample_id, since)
+        for process_id, sample_id, since in sorted(reader.doing.tolist(), key=lambda row: row[2])
+        if sample_id >= 0 and (process_ids is None or process_id in process_ids)
+    ]
+    texts = (
         f"{reader.manifest[sample_id].path!r} (process {process_id}, {(now - since) / 1000:.1f} s)"
         for process_id, sample_id, since in rows
-        if sample_id >= 0 and (process_ids is None or process_id in process_ids)
     )
+    return [sample_id for _, sample_id, _ in rows], ", ".join(texts)

@@ -1,7 +1,7 @@
 """Where data, encoders, objective and model meet: from a batch to a loss, from noise to a video."""
 
 from longtake.pipeline.clips import write_clips
-from longtake.pipeline.generate import Request, generate
+from longtake.pipeline.generate import Request, generate, to_uint8
 from longtake.pipeline.inputs import Inputs, encode_batch
 from longtake.pipeline.loss import training_loss
 from longtake.pipeline.step import StepResult, Trainee, training_step
@@ -14,6 +14,7 @@ __all__ = [
     "Trainee",
     "encode_batch",
     "generate",
+    "to_uint8",
     "training_loss",
     "training_step",
     "validation_loss",

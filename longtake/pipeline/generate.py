@@ -84,8 +84,9 @@ def generate(
     latents_BCTHW = draw(predict, noise_BCTHW, step_noise)
     # One video at a time: decoding is the memory peak of sampling.
     videos = [video_encoder.decode(latents_CTHW[None])[0] for latents_CTHW in latents_BCTHW]
-    return torch.stack([_to_uint8(video) for video in videos])
+    return torch.stack([to_uint8(video) for video in videos])
 
 
-def _to_uint8(pixels: Tensor) -> Tensor:
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] as bytes."""
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,4 +1,4 @@
-"""From a batch of pixels and captions to what the transformer sees: latents and a condition.
+"""From a batch to what the transformer sees: latents and a condition.
 
 Shape letters: B batch, C channels, T frames, H W height and width, L text tokens, K their width.
 """
@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from longtake.data import Batch, to_unit_range
-from longtake.encoders import TextEncoder, VideoEncoder
+from longtake.encoders import PromptEmbeds, TextEncoder, VideoEncoder
 from longtake.randomness import SampleKeys, Stream, normal
+from longtake.store import EncodedBatch
 
 # This part of a step, as a profile shows it.
 ENCODE = "longtake.encode"
@@ -34,7 +35,7 @@ class Inputs:
 @torch.no_grad()
 @record_function(ENCODE)
 def encode_batch(
-    batch: Batch,
+    batch: Batch | EncodedBatch,
     *,
     video_encoder: VideoEncoder,
     text_encoder: TextEncoder | None,
@@ -44,21 +45,27 @@ def encode_batch(
 ) -> Inputs:
     """Encode pixels and captions; the posterior noise belongs to the sample, like every other draw.
 
-    Without a text encoder the condition is the batch's labels. `with_sizes` adds what a model with
+    Of a batch that was encoded before, only the draw and the scaling are left to do. Without a text
+    encoder the condition is the batch's labels. `with_sizes` adds what a model with
     micro-conditioning wants.
     """
     captions = batch.captions
     batch = batch.to(device)
     keys = batch.keys(seed)
-    stats = video_encoder.encode(to_unit_range(batch.pixels_BCTHW))
+    if isinstance(batch, EncodedBatch):
+        stats = batch.stats
+    else:
+        stats = video_encoder.encode(to_unit_range(batch.pixels_BCTHW))
     noise_BCTHW = None
     if stats.logvar_BCTHW is not None:
         noise_BCTHW = normal(keys, Stream.POSTERIOR, tuple(stats.mean_BCTHW.shape[1:]))
     if text_encoder is None:
         condition = {"labels_B": batch.labels_B}
+    elif isinstance(batch, EncodedBatch):
+        condition = _prompt_condition(batch.prompt)
     else:
         condition = text_condition(text_encoder, captions)
-    height, width = batch.pixels_BCTHW.shape[-2:]
+    height, width = batch.pixel_size
     if with_sizes:
         condition |= size_condition(len(captions), height, width, device)
     return Inputs(
@@ -72,7 +79,10 @@ def encode_batch(
 
 def text_condition(text_encoder: TextEncoder, captions: Sequence[str]) -> dict[str, Tensor]:
     """The model's keyword arguments for captions: embeddings (B, L, K) and their mask (B, L)."""
-    prompt = text_encoder.encode(captions)
+    return _prompt_condition(text_encoder.encode(captions))
+
+
+def _prompt_condition(prompt: PromptEmbeds) -> dict[str, Tensor]:
     return {"prompt_embeds_BLK": prompt.embeds_BLK, "prompt_mask_BL": prompt.mask_BL}
 
 

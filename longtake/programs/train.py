@@ -15,6 +15,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,13 +35,10 @@ from longtake.config import (
 )
 from longtake.data import (
     BadSample,
-    Batch,
     LoaderState,
-    MediaSource,
     Source,
     ValidationBatches,
     build_loader,
-    open_manifest,
     validation_batches,
 )
 from longtake.diffusion import Objective, build_objective
@@ -63,11 +61,20 @@ from longtake.pipeline import (
     Trainee,
     encode_batch,
     generate,
+    to_uint8,
     training_step,
     validation_loss,
     write_clips,
 )
 from longtake.report import write_report
+from longtake.store import (
+    StoredTextEncoder,
+    StoredVideoEncoder,
+    StoreSource,
+    check_encoders,
+    open_source,
+    stored_encoders,
+)
 from longtake.training import (
     STOPPED_EXIT_CODE,
     BadSampleLog,
@@ -110,8 +117,8 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         use_kernels(config.kernels)
         folder = _open_folder(config, mesh, at_exit, fresh=fresh)
 
-        manifest = open_manifest(config.data)
-        source = MediaSource(config.data, manifest)
+        source = open_source(config.data, with_text=config.text_encoder.kind != "none")
+        manifest = source.manifest
         loader = build_loader(
             config.data,
             seed=config.seed,
@@ -126,8 +133,9 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
             model = build_model_from_config(config.model)
         check_conditions(manifest, config, model.condition)
         held_out = _held_out(config, mesh, model)
-        video_encoder = build_video_encoder(config.video_encoder, device, config.seed)
-        text_encoder = build_text_encoder(config.text_encoder, device, config.seed)
+        video_encoder, text_encoder = _encoders(config, source, device)
+        if held_out is not None and isinstance(held_out.source, StoreSource):
+            check_encoders(held_out.source.recipe, video_encoder, text_encoder)
         check_parts(
             config,
             condition=model.condition,
@@ -188,8 +196,9 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         work = [work_of_step(config, video_encoder, bucket) for bucket in config.data.buckets]
         if step == 0:
             if mesh.is_first:
-                _show_real_clips(config, source, folder)
+                _show_real_clips(config, source, encode, video_encoder, folder)
             validate(step)
+        _release(video_encoder, text_encoder)
 
         meter = throughput_meter(config, mesh)
         for micro_batches in islice(loader, max(0, config.train.steps - step)):
@@ -278,15 +287,44 @@ def _plain(samples: Sequence[BadSample]) -> list[dict[str, object]]:
     return [asdict(sample) for sample in samples]
 
 
+def _encoders(
+    config: RunConfig, source: Source, device: torch.device
+) -> tuple[VideoEncoder, TextEncoder | None]:
+    """The run's encoders; of a run that reads a latent store, what is left for them to do."""
+    if not isinstance(source, StoreSource):
+        return (
+            build_video_encoder(config.video_encoder, device, config.seed),
+            build_text_encoder(config.text_encoder, device, config.seed),
+        )
+    video, text = stored_encoders(
+        source.recipe, config.video_encoder, config.text_encoder, device, config.seed
+    )
+    if config.sampling.prompts or config.sampling.labels:
+        # Sampling comes late in a run; that its encoders are not the store's must not.
+        video.real.check()
+        if text is not None:
+            text.real.check()
+    return video, text
+
+
+def _release(*encoders: VideoEncoder | TextEncoder | None) -> None:
+    """Gives the memory of encoders back that no training step needs."""
+    for encoder in encoders:
+        if isinstance(encoder, (StoredVideoEncoder, StoredTextEncoder)):
+            encoder.real.release()
+
+
 def _held_out(config: RunConfig, mesh: Mesh, model: Model) -> ValidationBatches | None:
     """The held-out samples, if the run has any; decoded when iterated."""
     if config.validation.manifest is None:
         return None
-    manifest = open_manifest(config.data, config.validation.manifest)
-    check_conditions(manifest, config, model.condition)
+    source = open_source(
+        config.data, config.validation.manifest, with_text=config.text_encoder.kind != "none"
+    )
+    check_conditions(source.manifest, config, model.condition)
     return validation_batches(
         config.data,
-        MediaSource(config.data, manifest),
+        source,
         batch_size=config.validation.batch_size,
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size,
@@ -300,7 +338,7 @@ def _validator(
     objective: Objective,
     ema: Ema,
     held_out: ValidationBatches | None,
-    encode: Callable[[Batch], Inputs],
+    encode: Callable[[Any], Inputs],
     metrics: MetricsLog,
     bad_samples: BadSampleLog,
 ) -> Callable[[int], None]:
@@ -370,6 +408,7 @@ def _sampler(
                 device=mesh.device,
                 with_sizes=config.model.micro_conditioning,
             )
+        _release(video_encoder, text_encoder)
         if mesh.is_first:
             write_clips(
                 folder.samples / f"step-{step:08}",
@@ -382,8 +421,17 @@ def _sampler(
     return sample
 
 
-def _show_real_clips(config: RunConfig, source: Source, folder: RunFolder) -> None:
+def _show_real_clips(
+    config: RunConfig,
+    source: Source,
+    encode: Callable[[Any], Inputs],
+    video_encoder: VideoEncoder,
+    folder: RunFolder,
+) -> None:
     """Writes a few of the training clips for the report, those with a sampled prompt first."""
+    is_encoded = isinstance(source, StoreSource)
+    if is_encoded and not (config.sampling.prompts or config.sampling.labels):
+        return  # not worth loading a decoder for
     read = validation_batches(config.data, source, batch_size=8, max_samples=8)
     batch = next(iter(read))
     labels, readable = batch.labels_B.tolist(), batch.weights_B.bool().tolist()
@@ -393,9 +441,13 @@ def _show_real_clips(config: RunConfig, source: Source, folder: RunFolder) -> No
         key=lambda k: captions[k] not in config.sampling.prompts,
     )[:4]
     if chosen:
+        if is_encoded:
+            pixels_BCTHW = to_uint8(video_encoder.decode(encode(batch).clean_BCTHW[chosen]))
+        else:
+            pixels_BCTHW = batch.pixels_BCTHW[chosen]
         write_clips(
             folder.path / "real",
-            batch.pixels_BCTHW[chosen],
+            pixels_BCTHW,
             [captions[k] for k in chosen],
             fps=config.sampling.frames_per_second,
         )

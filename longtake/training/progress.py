@@ -76,7 +76,7 @@ class ProgressBar:
         parts.append(f"{speed.tokens_per_second:,.0f} tokens/s")
         if speed.mfu is not None:
             parts.append(f"MFU {speed.mfu:.1%}")
-        parts.append(f"{_clock(speed.seconds_left)} left")
+        parts.append(f"{clock(speed.seconds_left)} left")
         text = " · ".join(parts)
         self._bar.update(self._task, report=text)
         if not self._is_live:
@@ -87,7 +87,8 @@ class ProgressBar:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A time as hours, minutes and seconds."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

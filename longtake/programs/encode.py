@@ -1,0 +1,316 @@
+"""Encode: a manifest's clips and captions into a latent store, which `train` reads in their stead.
+
+config → encoders → verify → which files → what is missing → encode, shard by shard → index
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from longtake.config import RunConfig, parse_run
+from longtake.data import Manifest, MediaError, describe_bad, open_manifest
+from longtake.encoders import build_text_encoder, build_video_encoder
+from longtake.parallel import gather_json, start_distributed, stop_distributed
+from longtake.store import (
+    Board,
+    Content,
+    Damage,
+    Form,
+    Identity,
+    Index,
+    Tally,
+    WorkList,
+    content_of,
+    encode_captions,
+    encode_clips,
+    failed_samples,
+    file_keys,
+    find_damage,
+    is_store,
+    make_index,
+    make_recipe,
+    manifest_facts,
+    missing_work,
+    read_catalog,
+    remove_leftovers,
+    set_aside,
+    shards_folder,
+    wait_for_claim,
+    write_index,
+)
+from longtake.training import clock, show_log
+
+log = logging.getLogger(__name__)
+
+# Longer than the slowest disk takes to be read through before the processes compare notes.
+_A_WEEK_SECONDS = 7 * 24 * 3600
+_SECONDS_BETWEEN_LINES = 10.0
+
+_DESCRIPTION = (
+    "Encode a manifest's clips and captions once, into the latent store --output STORE; then train "
+    "with --data.manifest STORE. Start from the preset or config that will train. On a store that "
+    "is there, only what is new or changed is encoded. --latents 8bit takes half the space. "
+    "--verify reads every byte first and encodes again what is damaged. --identity size-mtime "
+    "knows files by name, size and time instead of reading them all (sha256). --shard-mib sets the "
+    "shards' size, --retry-failed tries clips again that failed before, --dry-run only says what "
+    "there is to do."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeCommand:
+    """A parsed `longtake encode` command line."""
+
+    config: RunConfig
+    store: Path
+    latents: Form
+    identity: Identity
+    shard_mib: float
+    verify: bool
+    retry_failed: bool
+    dry_run: bool
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`longtake encode`."""
+    return encode(parse_encode(arguments))
+
+
+def parse_encode(arguments: Sequence[str]) -> EncodeCommand:
+    """Resolve the command line."""
+    base = argparse.ArgumentParser(prog="longtake encode", add_help=False, allow_abbrev=False)
+    base.add_argument("--output")
+    base.add_argument("--latents", choices=["bf16", "8bit"], default="bf16")
+    base.add_argument("--identity", choices=["sha256", "size-mtime"], default="sha256")
+    base.add_argument("--shard-mib", type=float, default=512.0)
+    base.add_argument("--verify", action="store_true")
+    base.add_argument("--retry-failed", action="store_true")
+    base.add_argument("--dry-run", action="store_true")
+    chosen, rest = base.parse_known_args(list(arguments))
+    config = parse_run(rest, prog="longtake encode", description=_DESCRIPTION)
+    if not chosen.output:
+        raise ValueError("--output is not set: give the folder of the latent store")
+    if not 0 < chosen.shard_mib <= 2**20:
+        raise ValueError(f"--shard-mib {chosen.shard_mib} must be above 0: 512 is usual")
+    return EncodeCommand(
+        config=config,
+        store=Path(chosen.output),
+        latents=chosen.latents,
+        identity=chosen.identity,
+        shard_mib=chosen.shard_mib,
+        verify=chosen.verify,
+        retry_failed=chosen.retry_failed,
+        dry_run=chosen.dry_run,
+    )
+
+
+def encode(command: EncodeCommand) -> int:
+    """Fill the store; returns the exit status, 1 for a dry run that found damage."""
+    config, store = command.config, command.store
+    if store.exists() and not is_store(store) and not (store.is_dir() and _is_empty(store)):
+        raise ValueError(f"{store} exists and is not a latent store: choose another --output")
+    with ExitStack() as at_exit:
+        device = start_distributed(timeout_seconds=_A_WEEK_SECONDS)
+        at_exit.callback(stop_distributed)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        show_log(is_first=rank == 0)
+        console = Console(quiet=rank != 0, soft_wrap=True, highlight=False, markup=False)
+
+        manifest = open_manifest(config.data)
+        video_encoder = build_video_encoder(config.video_encoder, device, config.seed)
+        text_encoder = build_text_encoder(config.text_encoder, device, config.seed)
+        recipe = make_recipe(
+            config.data,
+            video_config=config.video_encoder,
+            video_encoder=video_encoder,
+            text_config=config.text_encoder,
+            text_encoder=text_encoder,
+            latents=command.latents,
+        )
+        if config.data.clip_position == "random" and not config.data.clip_places:
+            log.info("clips are stored at one place, their beginning: see --data.clip-places")
+
+        damages = _verify(command, rank, world_size) if command.verify else []
+        for damage in damages:
+            console.print(f"damaged: {damage}")
+        if command.verify and not damages:
+            console.print("every byte is as it was written")
+        shards_folder(store).mkdir(parents=True, exist_ok=True)
+        catalog = read_catalog(store)
+        if catalog.damaged and not command.dry_run:
+            for name, problem in catalog.damaged.items():
+                log.warning("set aside: %s: %s", name, problem)
+            set_aside(store, catalog.damaged)
+
+        keys, failures = _file_keys(manifest, command.identity, rank, world_size)
+        content = content_of(manifest, recipe, keys, failures)
+        work = missing_work(
+            content,
+            recipe,
+            catalog,
+            shard_bytes=int(command.shard_mib * 2**20),
+            retry_failed=command.retry_failed,
+        )
+        _print_work(console, work, content)
+        if command.dry_run:
+            return 1 if damages or catalog.damaged else 0
+
+        tally = Tally(total=sum(item.num_items for item in work))
+        progress = _Progress(console, tally)
+        for kind in ("text", "clips"):
+            board = Board(
+                store,
+                [item for item in work if item.kind == kind],
+                tally,
+                share=rank,
+                shares=world_size,
+            )
+            if kind == "text" and text_encoder is not None:
+                encode_captions(board, manifest=manifest, recipe=recipe, encoder=text_encoder)
+            if kind == "clips":
+                encode_clips(
+                    board,
+                    manifest=manifest,
+                    recipe=recipe,
+                    config=config.data,
+                    encoder=video_encoder,
+                    device=device,
+                )
+        progress.finish()
+
+        # All lists are done when a process comes here, whoever did them: one index is enough.
+        if rank == 0:
+            remove_leftovers(store)
+            with wait_for_claim(store, "index"):
+                facts = manifest_facts(manifest.file) | {"identity": command.identity}
+                index = make_index(manifest, recipe, content, read_catalog(store), facts)
+                write_index(store, index)
+            _print_summary(console, store, index)
+        return 0
+
+
+def _is_empty(folder: Path) -> bool:
+    return next(folder.iterdir(), None) is None
+
+
+def _verify(command: EncodeCommand, rank: int, world_size: int) -> list[Damage]:
+    """All processes' findings; the damaged shards are out of the way then."""
+    store = command.store
+    if not is_store(store):
+        raise ValueError(f"--verify: {store} is not a latent store")
+    found = find_damage(store, share=rank, shares=world_size)
+    if not command.dry_run:
+        set_aside(store, [d.file.removeprefix("shards/") for d in found if d.is_shard])
+    return [
+        Damage(**damage) for part in gather_json([d.__dict__ for d in found]) for damage in part
+    ]
+
+
+def _file_keys(
+    manifest: Manifest, identity: Identity, rank: int, world_size: int
+) -> tuple[np.ndarray, dict[int, MediaError]]:
+    """Every sample's file key; the processes share the looking."""
+    keys, failures = file_keys(manifest, identity, share=rank, shares=world_size)
+    if world_size > 1:
+        # Each file was looked at by one process, and the others left zeros.
+        dist.all_reduce(torch.from_numpy(keys), op=dist.ReduceOp.MAX)
+        own = {str(sample_id): (e.path, e.reason, e.text) for sample_id, e in failures.items()}
+        failures = {
+            int(sample_id): MediaError(*error)
+            for part in gather_json(own)
+            for sample_id, error in part.items()
+        }
+    return keys, failures
+
+
+def _print_work(console: Console, work: Sequence[WorkList], content: Content) -> None:
+    clips, captions = (
+        sum(item.num_items for item in work if item.kind == kind) for kind in ("clips", "text")
+    )
+    text = f"to encode: {clips:,} clips and {captions:,} captions in {len(work):,} shards"
+    if content.failures:
+        text += f"; {len(content.failures):,} samples have no readable file"
+    console.print(text)
+
+
+def _print_summary(console: Console, store: Path, index: Index) -> None:
+    facts = index.facts
+    console.print(
+        f"{store} holds {facts['clips']:,} clips and {facts['captions']:,} captions of "
+        f"{facts['samples']:,} samples in {len(index.entries.shards):,} shards, "
+        f"{_size(facts['bytes'])}"
+    )
+    if error := facts.get("error_of_8bit"):
+        share = error["rms_error"] / error["latents_std"]
+        text = (
+            f"8 bits against bf16: root-mean-square error {error['rms_error']:.2g} where the "
+            f"latents' standard deviation is {error['latents_std']:.3g} ({share:.2%}), "
+            f"largest {error['largest_error']:.2g}"
+        )
+        if relative := error.get("posterior_std_relative_error"):
+            text += f"; posterior standard deviations off by {relative:.2%}"
+        console.print(text)
+    if failed := failed_samples(index):
+        console.print(f"{len(failed):,} samples could not be encoded and will be replaced:")
+        console.print(describe_bad(failed))
+
+
+class _Progress:
+    """A line that says how far all processes are, how fast, and what failed."""
+
+    def __init__(self, console: Console, tally: Tally) -> None:
+        self.console, self.tally = console, tally
+        self.started = self.shown = time.monotonic()
+        self.status = console.status("") if console.is_terminal and not console.quiet else None
+        if self.status:
+            self.status.start()
+        tally.on_change = self.show
+
+    def show(self, tally: Tally) -> None:
+        now = time.monotonic()
+        if self.status:
+            self.status.update(self.text())
+        elif now - self.shown > _SECONDS_BETWEEN_LINES:
+            self.shown = now
+            self.console.print(self.text())
+
+    def text(self) -> str:
+        tally, seconds = self.tally, time.monotonic() - self.started
+        done = tally.done + tally.elsewhere
+        rate = done / seconds if seconds else 0.0
+        left = clock((tally.total - done) / rate) if rate else "?"
+        parts = [
+            f"{done:,}/{tally.total:,}",
+            f"{rate:,.1f} items/s",
+            f"{left} left",
+            f"{_size(tally.bytes_written)} written",
+        ]
+        if tally.reasons:
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in tally.reasons.most_common())
+            parts.append(f"failed: {reasons}")
+        return " · ".join(parts)
+
+    def finish(self) -> None:
+        if self.status:
+            self.status.stop()
+        if self.tally.total:
+            self.console.print(self.text())
+
+
+def _size(num_bytes: int) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:,.1f} {unit}" if unit != "bytes" else f"{num_bytes} bytes"
+        num_bytes /= 1024  # type: ignore[assignment]
+    return f"{num_bytes:,.1f} GiB"

@@ -1,0 +1,59 @@
+"""The latent store: what encoders made of a manifest's clips and captions, kept for all epochs."""
+
+from longtake.store.assemble import failed_samples, make_index, manifest_facts
+from longtake.store.board import Board, Tally, remove_leftovers
+from longtake.store.catalog import read_catalog
+from longtake.store.claims import wait_for_claim
+from longtake.store.encoders import (
+    StoredTextEncoder,
+    StoredVideoEncoder,
+    check_encoders,
+    stored_encoders,
+)
+from longtake.store.forms import Form
+from longtake.store.index import Index, is_store, read_index, write_index
+from longtake.store.keys import Identity, file_keys
+from longtake.store.plan import Content, WorkList, content_of, missing_work
+from longtake.store.reader import EncodedBatch, StoreSource, open_source
+from longtake.store.recipe import make_recipe
+from longtake.store.shards import shards_folder
+from longtake.store.tensor_file import StoreError
+from longtake.store.verify import Damage, find_damage, set_aside
+from longtake.store.writer import encode_captions, encode_clips
+
+__all__ = [
+    "Board",
+    "Content",
+    "Damage",
+    "EncodedBatch",
+    "Form",
+    "Identity",
+    "Index",
+    "StoreError",
+    "StoreSource",
+    "StoredTextEncoder",
+    "StoredVideoEncoder",
+    "Tally",
+    "WorkList",
+    "check_encoders",
+    "content_of",
+    "encode_captions",
+    "encode_clips",
+    "failed_samples",
+    "file_keys",
+    "find_damage",
+    "is_store",
+    "make_index",
+    "make_recipe",
+    "manifest_facts",
+    "missing_work",
+    "open_source",
+    "read_catalog",
+    "read_index",
+    "remove_leftovers",
+    "set_aside",
+    "shards_folder",
+    "stored_encoders",
+    "wait_for_claim",
+    "write_index",
+]

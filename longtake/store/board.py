@@ -1,0 +1,95 @@
+"""The lists of work that are open, as several processes see them through the store's folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longtake.store.claims import Claim, take_claim
+from longtake.store.plan import WorkList
+from longtake.store.shards import Failure, Record, shard_names, shards_folder, write_shard
+
+
+@dataclass
+class Tally:
+    """What a run has done so far, for whoever watches."""
+
+    total: int = 0
+    """Clips and captions to be encoded, by all processes."""
+    done: int = 0
+    """Of those, by this process; with the failed ones."""
+    elsewhere: int = 0
+    """By other processes, as far as noticed."""
+    bytes_written: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Why clips failed -> how many, in this process."""
+    on_change: Callable[[Tally], None] = lambda tally: None
+
+
+class Board:
+    """Gives out lists of work, each to one process at a time, and takes their results."""
+
+    def __init__(
+        self,
+        store: Path,
+        work: Sequence[WorkList],
+        tally: Tally,
+        *,
+        share: int = 0,
+        shares: int = 1,
+    ) -> None:
+        self.store, self.tally = store, tally
+        # A process's own share first, then what the others have not come to.
+        ordered = [item for k in range(shares) for item in work[(share + k) % shares :: shares]]
+        self.open = {_name(item): item for item in ordered}
+        self._held: dict[str, Claim] = {}
+
+    def offer(self) -> Iterator[WorkList]:
+        """Every open list that no other process holds, once around; the taker finishes it."""
+        for name, item in list(self.open.items()):
+            claim = take_claim(self.store, name)
+            if claim is None:
+                continue
+            del self.open[name]
+            if any(shard.startswith(f"{name}-") for shard in shard_names(self.store)):
+                self.tally.elsewhere += item.num_items
+                self.tally.on_change(self.tally)
+                claim.release()
+                continue
+            self._held[name] = claim
+            yield item
+
+    def finish(
+        self,
+        item: WorkList,
+        records: Sequence[Record],
+        failures: Sequence[Failure],
+        notes: dict[str, Any],
+    ) -> None:
+        """Writes what became of a list that was taken."""
+        path = write_shard(self.store, item.kind, item.name, records, failures, notes)
+        self._held.pop(_name(item)).release()
+        self.tally.bytes_written += path.stat().st_size
+        self.tally.on_change(self.tally)
+
+    def count(self, num_items: int, failures: Sequence[Failure] = ()) -> None:
+        """Notes items that were encoded, or failed, and wait to be written."""
+        self.tally.done += num_items + len(failures)
+        self.tally.reasons.update(failure.reason for failure in failures)
+        self.tally.on_change(self.tally)
+
+
+def _name(item: WorkList) -> str:
+    return f"{item.kind}-{item.name}"
+
+
+def remove_leftovers(store: Path) -> None:
+    """Removes half-written shards of processes that are gone."""
+    for temporary in shards_folder(store).glob(".*.tmp"):
+        claim = take_claim(store, temporary.name.split(".")[1])
+        if claim is not None:
+            temporary.unlink(missing_ok=True)
+            claim.release()

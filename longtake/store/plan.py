@@ -1,0 +1,142 @@
+"""What there is to do: which clips and captions a manifest needs, which of them a store lacks, and
+how these are cut into lists, each of which becomes a shard.
+
+Lists are cut by number, not by bytes. A list that is done disappears whole from what is missing, so
+a run that was interrupted cuts the rest as the first one would have, and ends with the same shards.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from longtake.data import Bucket, Manifest, MediaError
+from longtake.data.stream import eligible
+from longtake.store.catalog import Catalog
+from longtake.store.forms import record_bytes
+from longtake.store.keys import KEY_BYTES, NO_KEY, clip_keys, list_digest, text_key
+from longtake.store.recipe import Recipe
+from longtake.store.shards import KEY_DTYPE, Kind
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Content:
+    """The keys of all that a manifest needs; zeros where a sample needs nothing."""
+
+    clips: list[np.ndarray]  # by bucket, S16 (samples, variants)
+    text: np.ndarray  # S16 (samples,)
+    failures: Mapping[int, MediaError]
+    """Samples whose file could not even be opened."""
+
+
+@dataclass(frozen=True)
+class WorkList:
+    """What becomes one shard."""
+
+    kind: Kind
+    name: str
+    """16 hex digits that stand for its keys."""
+    bucket: int
+    sample_ids: np.ndarray  # int64 (n,)
+    missing: np.ndarray  # bool (n, variants)
+    keys: np.ndarray  # S16 (n, variants)
+
+    @property
+    def num_items(self) -> int:
+        return int(self.missing.sum())
+
+
+def content_of(
+    manifest: Manifest,
+    recipe: Recipe,
+    file_keys: np.ndarray,
+    failures: Mapping[int, MediaError],
+) -> Content:
+    """The keys of every clip and caption; see `keys.file_keys` for the last two.
+
+    Raises:
+        ValueError: no sample suits a bucket.
+    """
+    count = len(manifest)
+    wanted = np.zeros(count, bool)
+    clips = []
+    for number, (num_frames, height, width) in enumerate(recipe.buckets):
+        bucket = Bucket(num_frames=num_frames, height=height, width=width)
+        pool = eligible(manifest, bucket, fps=recipe.fps, frame_interval=recipe.frame_interval)
+        wanted[pool.ids] = True
+        digest = recipe.clip_digest(number)
+        keys = np.zeros((count, recipe.num_variants), KEY_DTYPE)
+        for sample_id in pool.ids.tolist():
+            if sample_id not in failures:
+                sample = manifest[sample_id]
+                file_key = file_keys[sample_id].tobytes()
+                joined = clip_keys(recipe, digest, file_key, sample.start, sample.end)
+                keys[sample_id] = np.frombuffer(joined, KEY_DTYPE)
+        clips.append(keys)
+    text = np.zeros(count, KEY_DTYPE)
+    if recipe.text is not None:
+        digest = recipe.text_digest()
+        for sample_id in np.flatnonzero(wanted).tolist():
+            text[sample_id] = text_key(digest, manifest.texts["caption"][sample_id])
+    return Content(clips, text, failures)
+
+
+def missing_work(
+    content: Content,
+    recipe: Recipe,
+    catalog: Catalog,
+    *,
+    shard_bytes: int,
+    retry_failed: bool = False,
+) -> list[WorkList]:
+    """What the store lacks, in lists of about `shard_bytes`; captions first.
+
+    Clips that failed before count as done, unless they are to be tried again.
+    """
+    tried = np.array([] if retry_failed else list(catalog.failures), KEY_DTYPE)
+    work = []
+    if recipe.text is not None:
+        facts = recipe.text.facts
+        largest = 2 * facts["max_tokens"] * facts["channels"]
+        keys = content.text[:, None]
+        work += _cut("text", 0, keys, catalog, tried, max(1, shard_bytes // largest))
+    for bucket, keys in enumerate(content.clips):
+        size = record_bytes(recipe.latent_shapes[bucket], recipe.latents, with_posterior=True)
+        samples = max(1, shard_bytes // (size * recipe.num_variants))
+        work += _cut("clips", bucket, keys, catalog, tried, samples)
+    return work
+
+
+def _cut(
+    kind: Kind,
+    bucket: int,
+    keys: np.ndarray,
+    catalog: Catalog,
+    tried: np.ndarray,
+    samples_per_list: int,
+) -> list[WorkList]:
+    # The same file, range or caption may stand in several rows: its first one is encoded.
+    _, first = np.unique(keys[:, 0], return_index=True)
+    ids = np.sort(first)
+    keys = keys[ids]
+    missing = (keys != b"") & (catalog.find(keys) < 0) & ~np.isin(keys, tried)
+    rows = np.flatnonzero(missing.any(axis=1))
+    work = []
+    for begin in range(0, len(rows), samples_per_list):
+        part = rows[begin : begin + samples_per_list]
+        name = list_digest(raw_key(key) for key in keys[part][missing[part]])
+        work.append(WorkList(kind, name, bucket, ids[part], missing[part], keys[part]))
+    return work
+
+
+def raw_key(key: bytes) -> bytes:
+    """The 16 bytes of a key that numpy has stripped of zeros at its end."""
+    return bytes(key).ljust(KEY_BYTES, b"\0")
+
+
+assert np.array([NO_KEY], KEY_DTYPE)[0] == b"", "numpy strips zeros: no key is the empty string"
