@@ -1,8 +1,11 @@
 """Makes Triton's interpreter compute with bfloat16 as a GPU does.
 
-It holds bfloat16 as 16-bit integers. Left alone, `tl.dot` multiplies these integers, and a cast from
-float32 cuts off the lower bits where a GPU rounds to nearest, ties to even.
+It holds bfloat16 as 16-bit integers. Left alone, `tl.dot` multiplies these integers, and a cast
+from float32 cuts off the lower bits where a GPU rounds to nearest, ties to even.
 """
+
+# Methods of a class are replaced.
+# pyright: reportAttributeAccessIssue=false
 
 from typing import Any
 
