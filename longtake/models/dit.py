@@ -25,13 +25,11 @@ from longtake.models.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedde
 from longtake.models.layers import (
     AdaptiveFinalLayer,
     FullAttention,
-    Mlp,
+    GatedMlp,
     SelfAttention,
     adaptive_linear,
 )
 from longtake.models.positions import video_positions
-from longtake.ops.gated_residual import gated_residual
-from longtake.ops.norm_modulate import norm_modulate
 
 
 class DiTBlock(nn.Module):
@@ -40,7 +38,7 @@ class DiTBlock(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, core: nn.Module) -> None:
         super().__init__()
         self.attn = SelfAttention(hidden_size, num_heads, core)
-        self.mlp = Mlp(hidden_size, int(mlp_ratio * hidden_size), hidden_size)
+        self.mlp = GatedMlp(hidden_size, int(mlp_ratio * hidden_size))
         self.adaLN_modulation = adaptive_linear(hidden_size, 6)
 
     def forward(self, x_BND: Tensor, condition_B1D: Tensor) -> Tensor:
@@ -48,10 +46,8 @@ class DiTBlock(nn.Module):
         rows_B1D = self.adaLN_modulation(condition_B1D).chunk(6, dim=-1)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = rows_B1D
 
-        h_BND = self.attn(norm_modulate(x_BND, shift_msa, scale_msa))
-        x_BND = gated_residual(x_BND, gate_msa, h_BND)
-        h_BND = self.mlp(norm_modulate(x_BND, shift_mlp, scale_mlp))
-        return gated_residual(x_BND, gate_mlp, h_BND)
+        x_BND = self.attn(x_BND, shift_msa, scale_msa, gate_msa)
+        return self.mlp(x_BND, shift_mlp, scale_mlp, gate_mlp)
 
 
 class DiT(nn.Module):

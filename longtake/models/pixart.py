@@ -28,15 +28,13 @@ from longtake.models.embedders import CaptionEmbedder, PatchEmbed, TimestepEmbed
 from longtake.models.layers import (
     CrossAttention,
     FullAttention,
-    Mlp,
+    GatedMlp,
     SelfAttention,
     TableFinalLayer,
     adaptive_linear,
     modulation_table,
 )
 from longtake.models.positions import video_positions
-from longtake.ops.gated_residual import gated_residual
-from longtake.ops.norm_modulate import norm_modulate
 
 
 class PixArtBlock(nn.Module):
@@ -47,7 +45,7 @@ class PixArtBlock(nn.Module):
         self.scale_shift_table = modulation_table(6, hidden_size)
         self.attn = SelfAttention(hidden_size, num_heads, FullAttention())
         self.cross_attn = CrossAttention(hidden_size, num_heads)
-        self.mlp = Mlp(hidden_size, int(mlp_ratio * hidden_size), hidden_size)
+        self.mlp = GatedMlp(hidden_size, int(mlp_ratio * hidden_size))
 
     def forward(
         self,
@@ -59,11 +57,9 @@ class PixArtBlock(nn.Module):
         rows_B1D = (self.scale_shift_table + modulation_B6D).chunk(6, dim=1)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = rows_B1D
 
-        h_BND = self.attn(norm_modulate(x_BND, shift_msa, scale_msa))
-        x_BND = gated_residual(x_BND, gate_msa, h_BND)
-        x_BND = x_BND + self.cross_attn(x_BND, text_BLD, text_mask_BL)
-        h_BND = self.mlp(norm_modulate(x_BND, shift_mlp, scale_mlp))
-        return gated_residual(x_BND, gate_mlp, h_BND)
+        x_BND = self.attn(x_BND, shift_msa, scale_msa, gate_msa)
+        x_BND = self.cross_attn(x_BND, text_BLD, text_mask_BL)
+        return self.mlp(x_BND, shift_mlp, scale_mlp, gate_mlp)
 
 
 class PixArt(nn.Module):

@@ -25,7 +25,7 @@ from longtake.models.config import ModelConfig
 from longtake.models.embedders import CaptionEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
 from longtake.models.layers import (
     CrossAttention,
-    Mlp,
+    GatedMlp,
     SelfAttention,
     SpatialAttention,
     TableFinalLayer,
@@ -34,12 +34,12 @@ from longtake.models.layers import (
     modulation_table,
 )
 from longtake.models.positions import spatial_positions, temporal_positions
-from longtake.ops.gated_residual import gated_residual
-from longtake.ops.norm_modulate import norm_modulate
+from longtake.ops.carried_linear import carried_linear
 
 
 class TemporalBranch(SelfAttention):
-    """Attention along time; the first block's adds the positions, to its own input only."""
+    """Attention along time, without norm or modulation; the first block's adds the positions, to
+    its own input only."""
 
     def __init__(self, config: ModelConfig, *, add_positions: bool) -> None:
         _, hidden_size, num_heads = config.dimensions
@@ -47,11 +47,14 @@ class TemporalBranch(SelfAttention):
         self.config = config
         self.add_positions = add_positions
 
-    def forward(self, x_BTSD: Tensor, /) -> Tensor:
+    def forward(self, x_BTSD: Tensor, gate_B11D: Tensor) -> Tensor:
+        weights = self.qkv.weight, self.qkv.bias
         if self.add_positions:
             time_TD = temporal_positions(x_BTSD.shape[1], self.config, x_BTSD.device)
-            x_BTSD = x_BTSD + time_TD[:, None].to(x_BTSD.dtype)
-        return super().forward(x_BTSD)
+            _, qkv = carried_linear(x_BTSD + time_TD[:, None].to(x_BTSD.dtype), *weights)
+        else:
+            x_BTSD, qkv = carried_linear(x_BTSD, *weights)
+        return self.add(x_BTSD, gate_B11D, self.attend(qkv))
 
 
 class STDiTBlock(nn.Module):
@@ -64,7 +67,7 @@ class STDiTBlock(nn.Module):
         self.attn = SelfAttention(hidden_size, num_heads, SpatialAttention())
         self.attn_temp = TemporalBranch(config, add_positions=is_first)
         self.cross_attn = CrossAttention(hidden_size, num_heads)
-        self.mlp = Mlp(hidden_size, int(config.mlp_ratio * hidden_size), hidden_size)
+        self.mlp = GatedMlp(hidden_size, int(config.mlp_ratio * hidden_size))
 
     def forward(
         self,
@@ -76,12 +79,10 @@ class STDiTBlock(nn.Module):
         rows_B11D = (self.scale_shift_table + modulation_B6D)[:, :, None, None].unbind(1)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = rows_B11D
 
-        h_BTSD = self.attn(norm_modulate(x_BTSD, shift_msa, scale_msa))
-        x_BTSD = gated_residual(x_BTSD, gate_msa, h_BTSD)
-        x_BTSD = gated_residual(x_BTSD, gate_msa, self.attn_temp(x_BTSD))
-        x_BTSD = x_BTSD + self.cross_attn(x_BTSD, text_BLD, text_mask_BL)
-        h_BTSD = self.mlp(norm_modulate(x_BTSD, shift_mlp, scale_mlp))
-        return gated_residual(x_BTSD, gate_mlp, h_BTSD)
+        x_BTSD = self.attn(x_BTSD, shift_msa, scale_msa, gate_msa)
+        x_BTSD = self.attn_temp(x_BTSD, gate_msa)
+        x_BTSD = self.cross_attn(x_BTSD, text_BLD, text_mask_BL)
+        return self.mlp(x_BTSD, shift_mlp, scale_mlp, gate_mlp)
 
 
 class STDiT(nn.Module):

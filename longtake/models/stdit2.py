@@ -20,15 +20,14 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from longtake.models.config import ModelConfig
 from longtake.models.embedders import CaptionEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
 from longtake.models.layers import (
     CrossAttention,
-    Mlp,
-    SelfAttention,
+    GatedMlp,
+    NormalizedSelfAttention,
     SpatialAttention,
     TableFinalLayer,
     TemporalAttention,
@@ -36,25 +35,6 @@ from longtake.models.layers import (
     modulation_table,
 )
 from longtake.models.positions import spatial_positions
-from longtake.ops.gated_residual import gated_residual
-from longtake.ops.norm_modulate import norm_modulate
-from longtake.ops.rotary import rotary
-from longtake.ops.sincos import sincos
-
-
-class RotaryTemporalAttention(TemporalAttention):
-    """The frames see each other at one place, and how far apart they are."""
-
-    def __init__(self, time_scale: float) -> None:
-        super().__init__()
-        self.time_scale = time_scale
-
-    def forward(self, q_BTSAE: Tensor, k_BTSAE: Tensor, v_BTSAE: Tensor) -> Tensor:
-        num_frames, head_size = q_BTSAE.shape[1], q_BTSAE.shape[-1]
-        place_T = torch.arange(num_frames, dtype=torch.float64, device=q_BTSAE.device)
-        sin_TF, cos_TF = sincos(place_T / self.time_scale, head_size // 2).chunk(2, dim=1)
-        q_BTSAE, k_BTSAE = rotary(q_BTSAE, sin_TF, cos_TF), rotary(k_BTSAE, sin_TF, cos_TF)
-        return super().forward(q_BTSAE, k_BTSAE, v_BTSAE)
 
 
 class STDiT2Block(nn.Module):
@@ -64,13 +44,14 @@ class STDiT2Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         _, hidden_size, num_heads = config.dimensions
-        temporal_core = RotaryTemporalAttention(config.time_scale)
         self.scale_shift_table = modulation_table(6, hidden_size)
         self.scale_shift_table_temporal = modulation_table(3, hidden_size)
-        self.attn = SelfAttention(hidden_size, num_heads, SpatialAttention(), qk_norm=True)
-        self.attn_temp = SelfAttention(hidden_size, num_heads, temporal_core, qk_norm=True)
+        self.attn = NormalizedSelfAttention(hidden_size, num_heads, SpatialAttention())
+        self.attn_temp = NormalizedSelfAttention(
+            hidden_size, num_heads, TemporalAttention(), time_scale=config.time_scale
+        )
         self.cross_attn = CrossAttention(hidden_size, num_heads)
-        self.mlp = Mlp(hidden_size, int(config.mlp_ratio * hidden_size), hidden_size)
+        self.mlp = GatedMlp(hidden_size, int(config.mlp_ratio * hidden_size))
 
     def forward(
         self,
@@ -85,13 +66,10 @@ class STDiT2Block(nn.Module):
         rows_B3D = self.scale_shift_table_temporal + modulation_temporal_B3D
         shift_temporal, scale_temporal, gate_temporal = rows_B3D[:, :, None, None].unbind(1)
 
-        h_BTSD = self.attn(norm_modulate(x_BTSD, shift_msa, scale_msa))
-        x_BTSD = gated_residual(x_BTSD, gate_msa, h_BTSD)
-        h_BTSD = self.attn_temp(norm_modulate(x_BTSD, shift_temporal, scale_temporal))
-        x_BTSD = gated_residual(x_BTSD, gate_temporal, h_BTSD)
-        x_BTSD = x_BTSD + self.cross_attn(x_BTSD, text_BLD, text_mask_BL)
-        h_BTSD = self.mlp(norm_modulate(x_BTSD, shift_mlp, scale_mlp))
-        return gated_residual(x_BTSD, gate_mlp, h_BTSD)
+        x_BTSD = self.attn(x_BTSD, shift_msa, scale_msa, gate_msa)
+        x_BTSD = self.attn_temp(x_BTSD, shift_temporal, scale_temporal, gate_temporal)
+        x_BTSD = self.cross_attn(x_BTSD, text_BLD, text_mask_BL)
+        return self.mlp(x_BTSD, shift_mlp, scale_mlp, gate_mlp)
 
 
 class STDiT2(nn.Module):

@@ -147,10 +147,10 @@ def test_stdit_at_first_is_pixart_per_frame():
 
 
 def test_stdit2_tells_frames_apart_in_every_block():
-    core = small_model("stdit2").blocks[1].attn_temp.core
-    q, k, v = torch.randn(3, 1, 5, 2, 3, 8, dtype=torch.float64)
+    attend = small_model("stdit2").blocks[1].attn_temp.attend
+    qkv_BTSD = torch.randn(1, 5, 2, 3 * 24, dtype=torch.float64)
     swap = [1, 0, 2, 3, 4]
-    assert not torch.allclose(core(q[:, swap], k[:, swap], v[:, swap]), core(q, k, v)[:, swap])
+    assert not torch.allclose(attend(qkv_BTSD[:, swap]), attend(qkv_BTSD)[:, swap])
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart", "stdit", "stdit2", "latte"])

@@ -1,0 +1,89 @@
+"""The end of a branch: its last linear layer, whose output joins the residual stream.
+
+Letters: B batch, N tokens, D hidden size, I inputs of the layer.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longtake.ops.column_sum import column_sum
+from longtake.ops.elementwise import picks_triton
+from longtake.ops.gated_residual import (
+    gated_residual_backward,
+    gated_residual_forward,
+    gated_residual_reference,
+)
+from longtake.ops.row_per_sample import row_per_sample
+
+
+def gated_linear_reference(
+    x_BND: Tensor, gate_B1D: Tensor | None, h_BNI: Tensor, weight_DI: Tensor, bias_D: Tensor
+) -> Tensor:
+    """x + gate * (h W^T + b) in plain torch; no gate is a gate of one."""
+    y_BND = F.linear(h_BNI, weight_DI, bias_D)
+    return x_BND + y_BND if gate_B1D is None else gated_residual_reference(x_BND, gate_B1D, y_BND)
+
+
+class _GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x_BND: Tensor, gate_BD: Tensor, h_BNI: Tensor, weight_DI: Tensor, bias_D: Tensor
+    ) -> Tensor:
+        y_BND = F.linear(h_BNI, weight_DI, bias_D)
+        ctx.save_for_backward(gate_BD, h_BNI, y_BND, weight_DI)
+        return gated_residual_forward(x_BND, gate_BD, y_BND)
+
+    @staticmethod
+    def backward(ctx, dout_BND: Tensor):
+        gate_BD, h_BNI, y_BND, weight_DI = ctx.saved_tensors
+        dy_BND, dgate_BD, dbias_D = gated_residual_backward(dout_BND, gate_BD, y_BND)
+        dy_MD = dy_BND.flatten(0, -2)
+        dh_BNI = (dy_MD @ weight_DI).view_as(h_BNI)
+        dweight_DI = dy_MD.t() @ h_BNI.flatten(0, -2)
+        return (
+            dout_BND,
+            dgate_BD.to(gate_BD.dtype),
+            dh_BNI,
+            dweight_DI,
+            dbias_D.to(weight_DI.dtype),
+        )
+
+
+class _AddedLinear(torch.autograd.Function):
+    """Without a gate, the gradient of the stream is that of the layer, too."""
+
+    @staticmethod
+    def forward(ctx, x_BND: Tensor, h_BNI: Tensor, weight_DI: Tensor, bias_D: Tensor) -> Tensor:
+        ctx.save_for_backward(h_BNI, weight_DI)
+        return gated_residual_forward(x_BND, None, F.linear(h_BNI, weight_DI, bias_D))
+
+    @staticmethod
+    def backward(ctx, dout_BND: Tensor):
+        h_BNI, weight_DI = ctx.saved_tensors
+        dout_MD = dout_BND.flatten(0, -2)
+        dh_BNI = (dout_MD @ weight_DI).view_as(h_BNI)
+        dweight_DI = dout_MD.t() @ h_BNI.flatten(0, -2)
+        return dout_BND, dh_BNI, dweight_DI, column_sum(dout_MD).to(weight_DI.dtype)
+
+
+def gated_linear(
+    x_BND: Tensor, gate_B1D: Tensor | None, h_BNI: Tensor, weight_DI: Tensor, bias_D: Tensor
+) -> Tensor:
+    """x + gate * (h W^T + b), or x + h W^T + b without a gate, with the shape and dtype of x.
+
+    Tokens may have any number of dimensions; there is one row of gates per sample.
+
+    Raises ValueError if there is not.
+    """
+    if not picks_triton(x_BND):
+        return gated_linear_reference(x_BND, gate_B1D, h_BNI, weight_DI, bias_D)
+    x_BMD, h_BMI = x_BND.flatten(1, -2), h_BNI.flatten(1, -2)
+    if gate_B1D is None:
+        out_BMD = _AddedLinear.apply(x_BMD, h_BMI, weight_DI, bias_D)
+    else:
+        gate_BD = row_per_sample(gate_B1D, x_BND)
+        out_BMD = _GatedLinear.apply(x_BMD, gate_BD, h_BMI, weight_DI, bias_D)
+    return out_BMD.view_as(x_BND)

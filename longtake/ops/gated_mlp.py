@@ -1,0 +1,138 @@
+"""A block's whole MLP branch: norm, modulation, two linear layers around a GELU, gate, residual.
+
+It keeps its input, the first layer's output before the GELU and the second layer's output. What is
+between (normalized tokens, activations: five widths of the stream) is computed again in backward
+passes that read the same memory anyway.
+
+Letters: B batch, N tokens, D hidden size, F inner size, M = B N.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longtake.ops.elementwise import picks_triton
+from longtake.ops.gated_residual import (
+    gated_residual_backward,
+    gated_residual_forward,
+    gated_residual_reference,
+)
+from longtake.ops.gelu import gelu_backward, gelu_forward, gelu_reference
+from longtake.ops.norm_modulate import (
+    norm_modulate_backward,
+    norm_modulate_forward,
+    norm_modulate_reference,
+)
+from longtake.ops.row_per_sample import row_per_sample
+
+
+def gated_mlp_reference(
+    x_BND: Tensor,
+    shift_B1D: Tensor,
+    scale_B1D: Tensor,
+    gate_B1D: Tensor,
+    weight1_FD: Tensor,
+    bias1_F: Tensor,
+    weight2_DF: Tensor,
+    bias2_D: Tensor,
+    eps: float = 1e-6,
+) -> Tensor:
+    """x + gate * (gelu(modulated W1^T + b1) W2^T + b2) in plain torch."""
+    h_BND = norm_modulate_reference(x_BND, shift_B1D, scale_B1D, eps)
+    act_BNF = gelu_reference(F.linear(h_BND, weight1_FD, bias1_F))
+    return gated_residual_reference(x_BND, gate_B1D, F.linear(act_BNF, weight2_DF, bias2_D))
+
+
+class _GatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        x_BND: Tensor,
+        shift_BD: Tensor,
+        scale_BD: Tensor,
+        gate_BD: Tensor,
+        weight1_FD: Tensor,
+        bias1_F: Tensor,
+        weight2_DF: Tensor,
+        bias2_D: Tensor,
+        eps: float,
+    ) -> Tensor:
+        h_BND, mean_BN, rstd_BN = norm_modulate_forward(x_BND, shift_BD, scale_BD, eps)
+        pre_MF = F.linear(h_BND.flatten(0, 1), weight1_FD, bias1_F)
+        y_BND = F.linear(gelu_forward(pre_MF), weight2_DF, bias2_D).view_as(x_BND)
+        ctx.save_for_backward(
+            x_BND,
+            mean_BN,
+            rstd_BN,
+            shift_BD,
+            scale_BD,
+            gate_BD,
+            pre_MF,
+            y_BND,
+            weight1_FD,
+            weight2_DF,
+        )
+        return gated_residual_forward(x_BND, gate_BD, y_BND)
+
+    @staticmethod
+    def backward(ctx, dout_BND: Tensor):
+        (
+            x_BND,
+            mean_BN,
+            rstd_BN,
+            shift_BD,
+            scale_BD,
+            gate_BD,
+            pre_MF,
+            y_BND,
+            weight1_FD,
+            weight2_DF,
+        ) = ctx.saved_tensors
+        dtype = weight1_FD.dtype
+        dy_BND, dgate_BD, dbias2_D = gated_residual_backward(dout_BND, gate_BD, y_BND)
+        dy_MD = dy_BND.flatten(0, 1)
+        dpre_MF, act_MF, dbias1_F = gelu_backward(dy_MD @ weight2_DF, pre_MF, True)
+        dweight2_DF = dy_MD.t() @ act_MF
+        dh_BND = (dpre_MF @ weight1_FD).view_as(x_BND)
+        dx_BND, dshift_BD, dscale_BD, h_BND = norm_modulate_backward(
+            dh_BND, x_BND, mean_BN, rstd_BN, shift_BD, scale_BD, dout_BND, True
+        )
+        dweight1_FD = dpre_MF.t() @ h_BND.flatten(0, 1)
+        rows = (dshift_BD, dscale_BD, dgate_BD)
+        return (
+            dx_BND,
+            *(row.to(gate_BD.dtype) for row in rows),
+            dweight1_FD,
+            dbias1_F.to(dtype),
+            dweight2_DF,
+            dbias2_D.to(dtype),
+            None,
+        )
+
+
+def gated_mlp(
+    x_BND: Tensor,
+    shift_B1D: Tensor,
+    scale_B1D: Tensor,
+    gate_B1D: Tensor,
+    weight1_FD: Tensor,
+    bias1_F: Tensor,
+    weight2_DF: Tensor,
+    bias2_D: Tensor,
+    eps: float = 1e-6,
+) -> Tensor:
+    """x + gate * mlp(LayerNorm(x) * (1 + scale) + shift), with the shape and dtype of x.
+
+    The GELU is the tanh-approximated one. Tokens may have any number of dimensions; there is one
+    row of shift, scale and gate per sample.
+
+    Raises ValueError if there is not.
+    """
+    rows = (shift_B1D, scale_B1D, gate_B1D)
+    weights = (weight1_FD, bias1_F, weight2_DF, bias2_D)
+    if not picks_triton(x_BND):
+        return gated_mlp_reference(x_BND, *rows, *weights, eps)
+    rows = (row_per_sample(row, x_BND) for row in rows)
+    return _GatedMlp.apply(x_BND.flatten(1, -2), *rows, *weights, eps).view_as(x_BND)
