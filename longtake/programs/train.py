@@ -26,11 +26,13 @@ from longtake.config import (
     check_conditions,
     check_parts,
     dump_yaml,
+    latents_of_bucket,
     load_yaml,
     parse_train,
     run_record,
     throughput_meter,
     to_plain,
+    verify_kernels,
     work_of_step,
 )
 from longtake.data import (
@@ -144,6 +146,10 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
             text_encoder=text_encoder,
         )
 
+        if device.type == "cuda":
+            shapes = [latents_of_bucket(video_encoder, bucket) for bucket in config.data.buckets]
+            for failure in verify_kernels(config, shapes, device):
+                log.warning("a kernel failed its check on this device: %s", failure)
         parallelize(model, mesh, config.parallel)
         materialize(model, device)
         init_weights(model, seed=config.seed, write=write_full)
