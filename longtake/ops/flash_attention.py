@@ -2,7 +2,8 @@
 
 They read q, k and v where the QKV product lies, and write its gradient as one tensor.
 
-Letters: B batch, N tokens, A heads, E size per head; 3 is q, k and v.
+Letters: B batch, N tokens, R the same rounded up to whole tiles, A heads, E size per head; 3 is q,
+k and v.
 """
 
 from __future__ import annotations
@@ -37,9 +38,14 @@ class Tiles:
     num_stages: int  # blocks of the inner loop in flight, counting the one at work
 
 
-def forward_tiles(num_tokens: int, dtype: torch.dtype) -> Tiles:
-    """For 64 keys at a time, two programs of 128 queries share a multiprocessor's registers: one
-    multiplies while the other takes exponentials."""
+# Up to this many tokens, programs spend much of their time on first loads and last stores, so that
+# several should share a multiprocessor; the programs of longer sequences should rather be large and
+# read the others' rows less often. What decides how many fit are registers, 65,536 of them.
+SHORT = 512
+
+
+def forward_tiles(num_tokens: int, head_size: int, dtype: torch.dtype) -> Tiles:
+    """Two programs share a multiprocessor: one multiplies while the other takes exponentials."""
     if dtype == torch.float32:  # no tensor cores
         return Tiles(queries=32, keys=16, num_warps=8, num_stages=2)
     if num_tokens <= 64:
@@ -47,20 +53,28 @@ def forward_tiles(num_tokens: int, dtype: torch.dtype) -> Tiles:
     return Tiles(queries=128, keys=64, num_warps=8, num_stages=3)
 
 
-def query_gradient_tiles(num_tokens: int, dtype: torch.dtype) -> Tiles:
-    """As forward, but one program fills a multiprocessor."""
-    return forward_tiles(num_tokens, dtype)
+def query_gradient_tiles(num_tokens: int, head_size: int, dtype: torch.dtype) -> Tiles:
+    """Three programs of 64 queries share a multiprocessor, or one of 128 has it alone."""
+    if dtype == torch.float32:
+        return Tiles(queries=32, keys=16, num_warps=8, num_stages=2)
+    if num_tokens <= SHORT:
+        return Tiles(queries=64, keys=64, num_warps=4, num_stages=2)
+    if head_size > 96:
+        return Tiles(queries=128, keys=64, num_warps=8, num_stages=3)
+    return Tiles(queries=128, keys=128, num_warps=8, num_stages=2)
 
 
 def key_value_gradient_tiles(num_tokens: int, head_size: int, dtype: torch.dtype) -> Tiles:
-    """Here a program owns keys. Two sums of 128 rows leave registers for 64 queries at a time, and
-    for fewer where heads are long."""
+    """Here programs own keys, with two sums per row: two programs share a multiprocessor, or one of
+    twice the keys has it alone."""
     if dtype == torch.float32:
         return Tiles(queries=16, keys=32, num_warps=8, num_stages=2)
-    if num_tokens <= 64:
-        return Tiles(queries=32, keys=64, num_warps=4, num_stages=2)
-    queries = 64 if head_size <= 96 else 32
-    return Tiles(queries=queries, keys=128, num_warps=8, num_stages=3)
+    if head_size > 96:
+        return Tiles(queries=32, keys=128, num_warps=8, num_stages=3)
+    if num_tokens <= SHORT:
+        queries = 64 if head_size <= 80 else 32
+        return Tiles(queries=queries, keys=64, num_warps=4, num_stages=2)
+    return Tiles(queries=64, keys=128, num_warps=8, num_stages=3)
 
 
 def flash_attention_reference(qkv_BN3AE: Tensor) -> Tensor:
@@ -71,52 +85,56 @@ def flash_attention_reference(qkv_BN3AE: Tensor) -> Tensor:
 def launch_forward(qkv_BN3AE: Tensor, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
     """The output, and the logarithm to base 2 of the sum of each query's exponentials."""
     B, N, _, A, E = qkv_BN3AE.shape
-    out_BNAE = qkv_BN3AE.new_empty(B, N, A, E)
-    lse_BAN = qkv_BN3AE.new_empty(B, A, N, dtype=torch.float32)
+    tiles = tiles or forward_tiles(N, E, qkv_BN3AE.dtype)
+    out_BNAE, lse_BAR = _empty_outputs(qkv_BN3AE, tiles)
     if out_BNAE.numel() == 0:
-        return out_BNAE, lse_BAN
-    qkv_BN3AE = _with_dense_heads(qkv_BN3AE)
-    tiles = tiles or forward_tiles(N, qkv_BN3AE.dtype)
+        return out_BNAE, lse_BAR
+    qkv_BN3AE = _readable(qkv_BN3AE)
     with _device_of(qkv_BN3AE):
         flash_attention_forward[(B * A * math.ceil(N / tiles.queries),)](
             qkv_BN3AE,
             out_BNAE,
-            lse_BAN,
+            lse_BAR,
             N,
+            lse_BAR.shape[-1],
             qkv_BN3AE.stride(0),
             math.log2(math.e) * E**-0.5,
             **_launch_options(qkv_BN3AE, tiles),
         )
-    return out_BNAE, lse_BAN
+    return out_BNAE, lse_BAR
 
 
 def launch_backward(
     dout_BNAE: Tensor,
     qkv_BN3AE: Tensor,
     out_BNAE: Tensor,
-    lse_BAN: Tensor,
+    lse_BAR: Tensor,
     *,
     query_tiles: Tiles | None = None,
     key_value_tiles: Tiles | None = None,
 ) -> Tensor:
     """The gradient of qkv, contiguous."""
     B, N, _, A, E = qkv_BN3AE.shape
+    R = lse_BAR.shape[-1]
     dqkv_BN3AE = qkv_BN3AE.new_empty(qkv_BN3AE.shape)
     if dqkv_BN3AE.numel() == 0:
         return dqkv_BN3AE
-    dout_BNAE, qkv_BN3AE = dout_BNAE.contiguous(), _with_dense_heads(qkv_BN3AE)
-    query_tiles = query_tiles or query_gradient_tiles(N, qkv_BN3AE.dtype)
+    dout_BNAE, qkv_BN3AE = dout_BNAE.contiguous(), _readable(qkv_BN3AE)
+    query_tiles = query_tiles or query_gradient_tiles(N, E, qkv_BN3AE.dtype)
     key_value_tiles = key_value_tiles or key_value_gradient_tiles(N, E, qkv_BN3AE.dtype)
-    delta_BAN = torch.empty_like(lse_BAN)
-    numbers = (N, qkv_BN3AE.stride(0), E**-0.5, math.log2(math.e) * E**-0.5)
+    for tiles in (query_tiles, key_value_tiles):
+        assert R % tiles.queries == 0, f"{tiles} reach beyond the {R} rows that forward wrote"
+    delta_BAR = torch.empty_like(lse_BAR)
+    scale = E**-0.5
+    numbers = (N, R, qkv_BN3AE.stride(0), scale, math.log2(math.e) * scale)
     with _device_of(qkv_BN3AE):
         # In this order: the first also writes delta, which the second reads.
         flash_attention_query_gradient[(B * A * math.ceil(N / query_tiles.queries),)](
             dout_BNAE,
             out_BNAE,
             qkv_BN3AE,
-            lse_BAN,
-            delta_BAN,
+            lse_BAR,
+            delta_BAR,
             dqkv_BN3AE,
             *numbers,
             **_launch_options(qkv_BN3AE, query_tiles),
@@ -124,8 +142,8 @@ def launch_backward(
         flash_attention_key_value_gradient[(B * A * math.ceil(N / key_value_tiles.keys),)](
             dout_BNAE,
             qkv_BN3AE,
-            lse_BAN,
-            delta_BAN,
+            lse_BAR,
+            delta_BAR,
             dqkv_BN3AE,
             *numbers,
             **_launch_options(qkv_BN3AE, key_value_tiles),
@@ -133,8 +151,16 @@ def launch_backward(
     return dqkv_BN3AE
 
 
-def _with_dense_heads(qkv_BN3AE: Tensor) -> Tensor:
-    return qkv_BN3AE if qkv_BN3AE.stride(-1) == 1 else qkv_BN3AE.contiguous()
+def _empty_outputs(qkv_BN3AE: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    B, N, _, A, E = qkv_BN3AE.shape
+    R = (N + tiles.queries - 1) // tiles.queries * tiles.queries
+    return qkv_BN3AE.new_empty(B, N, A, E), qkv_BN3AE.new_empty(B, A, R, dtype=torch.float32)
+
+
+def _readable(qkv_BN3AE: Tensor) -> Tensor:
+    """The tensor, or a copy if the kernels could not read it where it lies."""
+    fits_int32 = qkv_BN3AE.stride(1) < 2**23  # times the rows of a tile
+    return qkv_BN3AE if qkv_BN3AE.stride(-1) == 1 and fits_int32 else qkv_BN3AE.contiguous()
 
 
 def _device_of(x: Tensor) -> AbstractContextManager:
@@ -169,14 +195,14 @@ def _launch_options(qkv_BN3AE: Tensor, tiles: Tiles) -> dict[str, Any]:
 def _flash_attention(
     qkv_BN3AE: Tensor,  # (B, N, 3, A, E), any strides; a dense last dimension saves a copy
 ) -> tuple[Tensor, Tensor]:
-    """out (B, N, A, E), contiguous, and what the backward needs of each row of scores (B, A, N)."""
+    """out (B, N, A, E), contiguous, and what the backward needs of each row of scores (B, A, R)."""
     return launch_forward(qkv_BN3AE)
 
 
 @_flash_attention.register_fake
 def _(qkv_BN3AE: Tensor) -> tuple[Tensor, Tensor]:
-    B, N, _, A, E = qkv_BN3AE.shape
-    return qkv_BN3AE.new_empty(B, N, A, E), qkv_BN3AE.new_empty(B, A, N, dtype=torch.float32)
+    _, N, _, _, E = qkv_BN3AE.shape
+    return _empty_outputs(qkv_BN3AE, forward_tiles(N, E, qkv_BN3AE.dtype))
 
 
 @torch.library.custom_op("longtake::flash_attention_backward", mutates_args=())
@@ -184,14 +210,14 @@ def _flash_attention_backward(
     dout_BNAE: Tensor,  # (B, N, A, E)
     qkv_BN3AE: Tensor,  # (B, N, 3, A, E)
     out_BNAE: Tensor,  # (B, N, A, E), contiguous
-    lse_BAN: Tensor,  # (B, A, N)
+    lse_BAR: Tensor,  # (B, A, R)
 ) -> Tensor:
     """The gradient of qkv, (B, N, 3, A, E) and contiguous."""
-    return launch_backward(dout_BNAE, qkv_BN3AE, out_BNAE, lse_BAN)
+    return launch_backward(dout_BNAE, qkv_BN3AE, out_BNAE, lse_BAR)
 
 
 @_flash_attention_backward.register_fake
-def _(dout_BNAE: Tensor, qkv_BN3AE: Tensor, out_BNAE: Tensor, lse_BAN: Tensor) -> Tensor:
+def _(dout_BNAE: Tensor, qkv_BN3AE: Tensor, out_BNAE: Tensor, lse_BAR: Tensor) -> Tensor:
     return qkv_BN3AE.new_empty(qkv_BN3AE.shape)
 
 

@@ -4,10 +4,13 @@ A head of 72 would take tiles of 128. It is taken as 64 + 8 columns instead, the
 least a matrix instruction takes: MAIN and TAIL below. A tile of rows of a head is a tuple of these
 parts, (main, tail), or (main,) where there is no tail.
 
+Of each row of scores two numbers are kept. Their rows are rounded up to whole tiles, so that tiles
+are full and aligned; absent queries have a log-sum of infinity there, and so no weight.
+
 No two programs add to one place, so results are the same bits at every run. The price is that the
 backward computes the scores twice, once per sum over keys and once per sum over queries.
 
-Letters: B batch, N tokens, A heads, E size per head.
+Letters: B batch, N tokens, R the same rounded up, A heads, E size per head.
 """
 
 # Triton's own types say little about what a kernel may do.
@@ -123,21 +126,12 @@ def _row_sums(a, b, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _load_numbers(base, rows, left, absent, MASKED: tl.constexpr):
-    if MASKED:
-        numbers = tl.load(base + rows, mask=rows < left, other=absent)
-    else:
-        numbers = tl.load(base + rows)
-    return numbers
-
-
-@triton.jit
-def _locate(N, A, BLOCK: tl.constexpr):
-    """This program's sequence of a head, its batch and head, and its first row. The blocks of one
-    head run side by side, as all of them read the same rows."""
+def _locate(N, R, A, BLOCK: tl.constexpr):
+    """Batch, head and first row of this program, and where the numbers of its head's rows begin.
+    The blocks of one head run side by side, as all of them read the same rows."""
     blocks = tl.cdiv(N, BLOCK)
     sequence = (tl.program_id(0) // blocks).to(tl.int64)
-    return sequence, sequence // A, sequence % A, tl.program_id(0) % blocks * BLOCK
+    return sequence // A, sequence % A, tl.program_id(0) % blocks * BLOCK, sequence * R
 
 
 @triton.jit
@@ -183,8 +177,9 @@ def _forward_step(
 def flash_attention_forward(
     qkv,  # (B, N, 3, A, E)
     out,  # (B, N, A, E) contiguous
-    lse,  # (B, A, N), base 2
+    lse,  # (B, A, R), base 2
     N,
+    R,
     stride_B,
     scale_log2,  # log2(e) / sqrt(E)
     # As constants, these are known to keep 16-byte loads aligned, and take no registers.
@@ -202,7 +197,7 @@ def flash_attention_forward(
     PRECISION: tl.constexpr,
 ):
     """out = P v with P = softmax(q k^T scale)."""
-    sequence, batch, head, first = _locate(N, A, BLOCK_Q)
+    batch, head, first, numbers = _locate(N, R, A, BLOCK_Q)
     rows, left = tl.arange(0, BLOCK_Q), N - first
     q_base = qkv + batch * stride_B + head * stride_A
     k_base = q_base + stride_3
@@ -229,7 +224,8 @@ def flash_attention_forward(
     out += (batch * N + first) * (A * E) + head * E
     sums = _scaled(sums, (1.0 / total)[:, None], TAIL)
     _store(out, rows, left, sums, A * E, E, MAIN, TAIL, not EVEN_Q)
-    tl.store(lse + sequence * N + first + rows, highest + tl.log2(total), mask=rows < left)
+    lse_rows = tl.where(rows < left, highest + tl.log2(total), float("inf"))
+    tl.store(lse + numbers + first + rows, lse_rows)
 
 
 @triton.jit
@@ -256,7 +252,7 @@ def _query_gradient_step(
     k = _load(k_base, keys, left, stride_N, E, MAIN, TAIL, MASKED)
     v = _load(k_base + stride_3, keys, left, stride_N, E, MAIN, TAIL, MASKED)
     scores = _dot_rows(q, k, TAIL, PRECISION)
-    if MASKED:
+    if MASKED:  # or the weights of absent keys could be infinite, and infinity times zero is NaN
         scores = tl.where((keys < left)[None, :], scores, float("-inf"))
     weights = tl.exp2(scores * scale_log2 - lse[:, None])
     dweights = _dot_rows(dout, v, TAIL, PRECISION)
@@ -268,10 +264,11 @@ def flash_attention_query_gradient(
     dout,  # (B, N, A, E) contiguous
     out,  # (B, N, A, E) contiguous
     qkv,  # (B, N, 3, A, E)
-    lse,  # (B, A, N), base 2
-    delta,  # (B, A, N), written: the sum over E of dout * out
+    lse,  # (B, A, R), base 2
+    delta,  # (B, A, R), written: the sum over E of dout * out
     dqkv,  # (B, N, 3, A, E) contiguous; the part of q is written
     N,
+    R,
     stride_B,
     scale,  # 1 / sqrt(E)
     scale_log2,
@@ -289,15 +286,14 @@ def flash_attention_query_gradient(
     PRECISION: tl.constexpr,
 ):
     """dS = P (dout v^T - delta), dq = dS k scale."""
-    sequence, batch, head, first = _locate(N, A, BLOCK_Q)
+    batch, head, first, numbers = _locate(N, R, A, BLOCK_Q)
     rows, left = tl.arange(0, BLOCK_Q), N - first
     offset = (batch * N + first) * (A * E) + head * E
     dout_rows = _load(dout + offset, rows, left, A * E, E, MAIN, TAIL, not EVEN_Q)
     out_rows = _load(out + offset, rows, left, A * E, E, MAIN, TAIL, not EVEN_Q)
     delta_rows = _row_sums(dout_rows, out_rows, TAIL)
-    tl.store(delta + sequence * N + first + rows, delta_rows, mask=rows < left)
-    # Absent queries get no weight.
-    lse_rows = _load_numbers(lse + sequence * N + first, rows, left, float("inf"), not EVEN_Q)
+    tl.store(delta + numbers + first + rows, delta_rows)
+    lse_rows = tl.load(lse + numbers + first + rows)
     q_base = qkv + batch * stride_B + head * stride_A
     k_base = q_base + stride_3
     q_base += first.to(tl.int64) * stride_N
@@ -342,13 +338,14 @@ def _key_value_gradient_step(
 ):
     """Adds a block of queries.
 
-    Scores have keys in rows here, so that P^T and dS^T enter their products from registers.
+    Scores have keys in rows here, so that P^T and dS^T enter their products from registers. What
+    comes of absent keys may overflow; it stays in their rows, which are not stored.
     """
     rows = tl.arange(0, BLOCK_Q)
     q = _load(q_base, rows, left, stride_N, E, MAIN, TAIL, MASKED)
     dout = _load(dout_base, rows, left, dout_stride_N, E, MAIN, TAIL, MASKED)
-    lse_rows = _load_numbers(lse, rows, left, float("inf"), MASKED)
-    delta_rows = _load_numbers(delta, rows, left, 0.0, MASKED)
+    lse_rows = tl.load(lse + rows)
+    delta_rows = tl.load(delta + rows)
     scores = _dot_rows(k, q, TAIL, PRECISION)
     weights = tl.exp2(scores * scale_log2 - lse_rows[None, :])
     dv = _add_product(dv, weights, dout, TAIL, PRECISION)
@@ -361,10 +358,11 @@ def _key_value_gradient_step(
 def flash_attention_key_value_gradient(
     dout,  # (B, N, A, E) contiguous
     qkv,  # (B, N, 3, A, E)
-    lse,  # (B, A, N), base 2
-    delta,  # (B, A, N)
+    lse,  # (B, A, R), base 2
+    delta,  # (B, A, R)
     dqkv,  # (B, N, 3, A, E) contiguous; the parts of k and v are written
     N,
+    R,
     stride_B,
     scale,
     scale_log2,
@@ -382,15 +380,15 @@ def flash_attention_key_value_gradient(
     PRECISION: tl.constexpr,
 ):
     """dv = P^T dout, dk = dS^T q scale."""
-    sequence, batch, head, first = _locate(N, A, BLOCK_K)
+    batch, head, first, numbers = _locate(N, R, A, BLOCK_K)
     rows, left = tl.arange(0, BLOCK_K), N - first
     q_base = qkv + batch * stride_B + head * stride_A
     k_base = q_base + stride_3 + first.to(tl.int64) * stride_N
     k = _load(k_base, rows, left, stride_N, E, MAIN, TAIL, not EVEN_K)
     v = _load(k_base + stride_3, rows, left, stride_N, E, MAIN, TAIL, not EVEN_K)
     dout += batch * N * (A * E) + head * E
-    lse += sequence * N
-    delta += sequence * N
+    lse += numbers
+    delta += numbers
 
     dk = _zeros(BLOCK_K, MAIN, TAIL)
     dv = _zeros(BLOCK_K, MAIN, TAIL)
