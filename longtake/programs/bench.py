@@ -4,6 +4,7 @@ longtake bench table images|video|encoders|all [--output DIR]
 longtake bench step --preset NAME [overrides as in train]
 longtake bench profile --preset NAME [overrides as in train]
 longtake bench ops [--only "attention*"]
+longtake bench curve --preset NAME --output DIR [overrides as in train]
 longtake bench ceilings
 longtake bench compare before.json after.json
 """
@@ -26,6 +27,7 @@ from rich.table import Table
 
 from longtake.benchmark.ceilings import measure_ceilings
 from longtake.benchmark.compare import compare
+from longtake.benchmark.curve import CurveReport, curve_markdown, measure_curve, plot_curve
 from longtake.benchmark.inputs import with_buckets
 from longtake.benchmark.jobs import DOES_NOT_FIT, ask_machine, run_in_process, stopwatch
 from longtake.benchmark.machine import describe_machine
@@ -66,6 +68,7 @@ def main(arguments: Sequence[str]) -> int:
         "step": _step,
         "profile": _profile,
         "ops": _ops,
+        "curve": _curve,
         "ceilings": _ceilings,
         "compare": _compare,
     }
@@ -304,6 +307,46 @@ def _printer(mesh: Mesh) -> Callable[[str], None]:
             print(text, flush=True)
 
     return say
+
+
+_CURVE = """\
+Train one configuration twice, on the fast path and on plain fp32 torch, and compare the losses:
+--preset NAME or --config FILE, dotted overrides as in train. Needs real clips, as train does.
+
+  --curve-steps N        optimizer steps of both runs; default 200
+  --output DIR           folder for curve.json, curve.md, curve.png and both runs
+"""
+
+
+def _curve(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="longtake bench curve", add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--curve-steps", type=int, default=200)
+    parser.add_argument("--output", type=Path, required=True)
+    options, rest = parser.parse_known_args(arguments)
+    config = parse_run(rest, prog="longtake bench curve", description=_CURVE)
+    folder: Path = options.output
+    curve = measure_curve(config, folder, steps=options.curve_steps)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    command = ["longtake", "bench", "curve", *arguments]
+    report = CurveReport(
+        environment=describe_machine(device) | {"command": command},
+        config=to_plain(config),
+        curve=curve,
+    )
+    save_report(folder / "curve.json", report)
+    (folder / "curve.md").write_text(curve_markdown(report), encoding="utf-8")
+    try:
+        plot_curve(curve, folder / "curve.png")
+    except ImportError as error:
+        print(f"no plot: {error}")
+    print(
+        f"{len(curve.steps)} steps: a loss differs by {curve.mean_difference:.2%} on average, by "
+        f"{curve.largest_difference:.2%} at most; bias {curve.bias:+.3%}"
+    )
+    print(f"written: {folder}")
+    return 0
 
 
 @dataclass(frozen=True, kw_only=True)
