@@ -20,6 +20,7 @@ from longtake.ops.triton_language import tl, triton
 # 132 multiprocessors of an H200 has 64 KiB on their way, few enough to leave few partial sums.
 TILE_ROWS = 8
 PROGRAMS = 2048
+# Partial sums that a program of the second stage reads at a time.
 PARTIALS_TILE = 4096
 
 
