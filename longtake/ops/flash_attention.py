@@ -35,7 +35,9 @@ class Tiles:
     queries: int
     keys: int
     num_warps: int
-    num_stages: int  # blocks of the inner loop in flight, counting the one at work
+    num_stages: int
+    """Blocks of the inner loop on chip. With two, a block is loaded only when the one before it is
+    done with: other programs have to fill the wait. With three, it has been loaded by then."""
 
 
 # Up to this many tokens, programs spend much of their time on first loads and last stores, so that
@@ -61,7 +63,7 @@ def query_gradient_tiles(num_tokens: int, head_size: int, dtype: torch.dtype) ->
         return Tiles(queries=64, keys=64, num_warps=4, num_stages=2)
     if head_size > 96:
         return Tiles(queries=128, keys=64, num_warps=8, num_stages=3)
-    return Tiles(queries=128, keys=128, num_warps=8, num_stages=2)
+    return Tiles(queries=128, keys=128, num_warps=8, num_stages=3)
 
 
 def key_value_gradient_tiles(num_tokens: int, head_size: int, dtype: torch.dtype) -> Tiles:
@@ -73,7 +75,7 @@ def key_value_gradient_tiles(num_tokens: int, head_size: int, dtype: torch.dtype
         return Tiles(queries=32, keys=128, num_warps=8, num_stages=3)
     if num_tokens <= SHORT:
         queries = 64 if head_size <= 80 else 32
-        return Tiles(queries=queries, keys=64, num_warps=4, num_stages=2)
+        return Tiles(queries=queries, keys=64, num_warps=4, num_stages=3)
     return Tiles(queries=64, keys=128, num_warps=8, num_stages=3)
 
 
