@@ -116,12 +116,11 @@ class _Bench:
                 if given == 1:
                     raise DoesNotFit("out of memory at micro-batch 1")
                 given //= 2
-        tokens = work_of_latents(self.config, self.latents[1:], samples=1)["tokens"]
-        return best_micro_batch(
-            self._try,
-            start=self.options.micro_batch or first_micro_batch(tokens),
-            may_fit=self._may_fit,
-        )
+        start = self.options.micro_batch or 1
+        if self.options.micro_batch is None and self.mesh.device.type == "cuda":
+            tokens = work_of_latents(self.config, self.latents[1:], samples=1)["tokens"]
+            start = first_micro_batch(tokens)
+        return best_micro_batch(self._try, start=start, may_fit=self._may_fit)
 
     def _try(self, micro_batch: int) -> Trial:
         timed = self._attempt(micro_batch, quick(self.options.protocol))

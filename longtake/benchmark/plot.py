@@ -30,17 +30,19 @@ def plot_table(report: TableReport, path: Path) -> None:
     from matplotlib import pyplot
 
     rows = [row for row in report.rows if row.fast.measurement is not None]
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.95 * max(1, len(rows))), dpi=160)
+    figure, axes = pyplot.subplots(
+        figsize=(9, 1.6 + 0.95 * max(1, len(rows))), dpi=160, layout="constrained"
+    )
     labelled: set[str] = set()
     longest = 1.0
     for place, row in enumerate(rows):
         unit = _unit(row)
-        for slot, (label, value, colour) in enumerate(_bars(row)):
-            if value is None:
-                continue
+        bars = _bars(row)
+        for slot, (label, value, colour) in enumerate(bars):
+            middle = place + (slot - (len(bars) - 1) / 2) * _HEIGHT
             longest = max(longest, value / unit)
             axes.barh(
-                place + (slot - 1) * _HEIGHT,
+                middle,
                 value / unit,
                 height=_HEIGHT,
                 color=colour,
@@ -49,7 +51,7 @@ def plot_table(report: TableReport, path: Path) -> None:
             labelled.add(label)
             axes.text(
                 value / unit + 0.01,
-                place + (slot - 1) * _HEIGHT,
+                middle,
                 f"{number(value)} samples/s",
                 va="center",
                 fontsize=7,
@@ -61,7 +63,7 @@ def plot_table(report: TableReport, path: Path) -> None:
             axes.plot([1, 1], [bottom, top], color=_TEXT, linewidth=2, label=label)
             labelled.add("floor")
     axes.set_yticks(range(len(rows)), [row.title for row in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)  # the first on top
     axes.set_xlim(0, 1.3 * longest)  # room for the figures
     axes.set_xlabel("samples/s, relative to the row's floor (or own speed)", color=_TEXT)
     axes.set_title(headline(report), color=_TEXT, fontsize=10)
@@ -69,8 +71,9 @@ def plot_table(report: TableReport, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color(_TEXT)
     if rows:
-        axes.legend(frameon=False, labelcolor=_TEXT, fontsize=8, loc="lower right")
-    figure.tight_layout()
+        figure.legend(
+            frameon=False, labelcolor=_TEXT, fontsize=8, loc="outside lower center", ncols=4
+        )
     figure.savefig(path, transparent=True)
     pyplot.close(figure)
 
@@ -80,11 +83,12 @@ def _unit(row: RowReport) -> float:
     return row.floor_samples_per_second or row.fast.measurement.samples_per_second
 
 
-def _bars(row: RowReport) -> list[tuple[str, float | None, str]]:
+def _bars(row: RowReport) -> list[tuple[str, float, str]]:
     fast, plain = row.fast.measurement, row.plain and row.plain.measurement
     known = max((figure.samples_per_second for figure in row.known), default=None)
-    return [
-        ("Longtake", fast.samples_per_second if fast else None, _STRONG),
+    bars = [
+        ("Longtake", fast and fast.samples_per_second, _STRONG),
         ("best elsewhere (H200)", known, _MIDDLE),
-        ("plain torch, this run", plain.samples_per_second if plain else None, _PALE),
+        ("plain torch, this run", plain and plain.samples_per_second, _PALE),
     ]
+    return [(label, value, colour) for label, value, colour in bars if value is not None]

@@ -169,7 +169,7 @@ class RowReport:
     floor_samples_per_second: float | None = None
     """By arithmetic from the run's own ceilings, for a step without encoders."""
     printed: tuple[Figure, ...] = ()
-    """By the seed."""
+    """By Open-Sora 1.0, whose tables these rows are."""
     known: tuple[Figure, ...] = ()
     """The best that is known elsewhere."""
 

@@ -31,7 +31,7 @@ _SPEED = (
     "times plain",
     "floor",
     "best elsewhere",
-    "seed",
+    "Open-Sora 1.0",
 )
 _MANNER = ("row", "precision", "checkpointing", "blocks", "encoders", "kernels", "steps", "search")
 _ELSEWHERE = ("row", "what", "samples/s", "GPU", "note")
@@ -43,8 +43,8 @@ NOTES = (
     "product, then for the transformer's own product shapes. *Peak GiB* is allocated / reserved. "
     "*Plain torch* is the same step with explicit softmax, unfused norms, eager, in the same "
     "precision. *Floor* is the samples/s that this run's own ceilings allow by arithmetic, without "
-    "overlap or tricks. *Best elsewhere* was measured on one H200 without EMA and encoders; *seed* "
-    "is as its page prints it, on 8 H800."
+    "overlap or tricks. *Best elsewhere* was measured on one H200 without EMA and encoders; "
+    "*Open-Sora 1.0* is as its page prints it, on 8 H800."
 )
 
 
@@ -109,6 +109,8 @@ def markdown(report: TableReport) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in packages.items())
     lines = [
         f"# {headline(report)}",
+        "",
+        "![Samples per second of every row, beside plain torch and the floor](plot.png)",
         "",
         f"Measured {environment.get('started', '')} by",
         "",

@@ -1,7 +1,7 @@
-"""The rows of the seed's three tables: what each measures here, and what was printed for it there.
+"""The rows of Open-Sora 1.0's tables of speed: what each measures here, and what was printed there.
 
-The seed is Open-Sora 1.0's page on acceleration, 8 H800 GPUs, encoders on-line in every video row.
-Three of its rows are labelled otherwise than their own figures allow (tokens/s must be samples/s
+Its page on acceleration has three tables, of 8 H800 GPUs, with encoders on-line in every video row.
+Three of the rows are labelled otherwise than their own figures allow (tokens/s must be samples/s
 times tokens a sample); their notes say so. Its "DiT" with several frames is PixArt with attention
 over all tokens.
 """
@@ -40,7 +40,7 @@ class Row:
 
 
 def _printed(what: str, samples_per_second: float, note: str = "") -> Figure:
-    """As the seed prints it, per GPU."""
+    """As Open-Sora's page prints it, per GPU."""
     figure = {"what": what, "samples_per_second": samples_per_second}
     return Figure(**figure, gpu="H800 (one of 8)", note=note)
 
@@ -55,7 +55,7 @@ def _known(what: str, samples_per_second: float, note: str = "") -> Figure:
 _META = _known("DiT's original model, bf16, SDPA, torch.compile of the model, batch 128", 576)
 _MISLABELLED = (
     "printed as 64x512, but its tokens/s are samples/s times the 16,384 tokens of 16x512, and the "
-    "accelerated pair equals the seed's own 16x512 row"
+    "accelerated pair equals the page's own 16x512 row"
 )
 _PER_PAIR = (
     "per pair of GPUs: times 368,640 tokens it is twice the printed 18k tokens/s/GPU, so 0.05 a GPU"
@@ -98,8 +98,8 @@ def tiny(row: Row) -> Row:
             config.sampling, sampler=replace(config.sampling.sampler, guidance_channels=None)
         ),
     )
-    micro_batch = None if row.micro_batch is None else min(row.micro_batch, 2)
-    return replace(row, config=config, micro_batch=micro_batch, printed=(), known=())
+    title = f"tiny stand-in for {row.title}"
+    return replace(row, title=title, config=config, micro_batch=2, printed=(), known=())
 
 
 def _video(
@@ -131,7 +131,7 @@ def _video(
 
 
 def _t5_fp32(row: Row, *, unsplit: bool, **fields: object) -> Row:
-    """The same row with the seed's slow encoders: T5 in fp32, the VAE perhaps in a single call."""
+    """The row with the encoders of that page's baseline: T5 in fp32, perhaps an unsplit VAE."""
     config = row.config
     config = replace(config, text_encoder=replace(config.text_encoder, dtype="fp32"))
     if unsplit:

@@ -31,7 +31,7 @@ def test_cheap_rows_come_first():
     assert tokens == sorted(tokens)
 
 
-# The seed's printed tokens/s, and the tokens a sample that they rest on.
+# The printed tokens/s, and the tokens a sample that they rest on.
 @pytest.mark.parametrize(
     ("key", "what", "printed_tokens", "factor"),
     [
@@ -75,7 +75,7 @@ def test_row_is_a_model_that_can_be_built(one, made):
     assert made or config.uses_random_encoders
 
 
-def test_slow_encoders_are_those_of_the_seed():
+def test_slow_encoders_are_those_of_the_printed_baseline():
     slow = row("stdit-16x512-on-line-slow-encoders").config
     assert slow.text_encoder.dtype == "fp32"
     assert slow.video_encoder.frames_per_call > 64 * 16

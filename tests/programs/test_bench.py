@@ -92,7 +92,7 @@ def test_table_is_measured_in_processes_of_its_own_and_resumed(tmp_path, monkeyp
     command = [*map(str, TABLE[1:]), "--output", str(output)]
     assert bench.main(command) == 0
     out = capsys.readouterr().out
-    assert "row 1 of 1: DiT-XL/2 256x256, micro-batch 128" in out
+    assert "row 1 of 1: tiny stand-in for DiT-XL/2 256x256, micro-batch 128" in out
     assert "the same on plain torch" in out
     (row,) = load_report(output / "table.json", TableReport).rows
     assert row.fast.measurement is not None
