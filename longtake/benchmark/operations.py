@@ -397,10 +397,10 @@ def _attentions(shapes: Shapes) -> Iterator[Operation]:
 
     def temporal(B: int, T: int, S: int) -> Callable[[Draw, str], Prepared]:
         def prepare(draw: Draw, implementation: str) -> Prepared:
-            from longtake.ops.temporal_attention import packed_temporal_attention
+            from longtake.ops.temporal_attention import temporal_attention
 
             qkv = draw(B, T, S, 3, A, E).requires_grad_()
-            return Prepared(forward=lambda: packed_temporal_attention(qkv), inputs=(qkv,))
+            return Prepared(forward=lambda: temporal_attention(qkv), inputs=(qkv,))
 
         return prepare
 

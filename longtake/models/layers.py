@@ -24,7 +24,7 @@ from longtake.ops.gelu import gelu
 from longtake.ops.modulated_linear import modulated_linear
 from longtake.ops.qk_norm_rotary import qk_norm_rotary
 from longtake.ops.sincos import sincos
-from longtake.ops.temporal_attention import packed_temporal_attention
+from longtake.ops.temporal_attention import temporal_attention
 from longtake.ops.text_attention import text_attention
 
 
@@ -46,7 +46,7 @@ class TemporalAttention(nn.Module):
     """The frames see each other at one place."""
 
     def forward(self, qkv_BTS3AE: Tensor) -> Tensor:
-        return packed_temporal_attention(qkv_BTS3AE)
+        return temporal_attention(qkv_BTS3AE)
 
 
 class TextAttention(nn.Module):

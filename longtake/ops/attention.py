@@ -1,11 +1,10 @@
-"""Softmax attention of queries over keys, optionally over the valid keys only.
+"""Softmax attention: of tokens among themselves, by whichever implementation is picked, and the two
+in PyTorch that other kinds of attention build on.
 
 Letters: B batch, N queries, L keys, A heads, E size per head.
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,6 @@ from torch import Tensor
 from longtake.ops import kernels
 from longtake.ops.cudnn_attention import cudnn_attention, cudnn_problem
 from longtake.ops.fa4_attention import fa4_attention, fa4_problem
-
-Backend = Literal["sdpa", "reference"]
 
 
 def attention_reference(
@@ -45,42 +42,6 @@ def attention_sdpa(
 
 
 _BACKENDS = {"sdpa": attention_sdpa, "reference": attention_reference}
-
-
-def choose_backend(q_BNAE: Tensor, k_BLAE: Tensor, *, masked: bool) -> Backend:
-    """The backend that `attention` takes for these shapes, device and dtype when it may choose."""
-    return "sdpa"
-
-
-def attention(
-    q_BNAE: Tensor,
-    k_BLAE: Tensor,
-    v_BLAE: Tensor,
-    key_mask_BL: Tensor | None = None,
-    *,
-    backend: Backend | Literal["auto"] = "auto",
-) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v, (B, N, A, E) in the dtype of q.
-
-    key_mask_BL is True where a key may be attended. A batch element without any such key gets
-    zeros, and zero gradients: an empty caption says nothing, and never NaN.
-
-    Raises:
-        ValueError: the mask is not boolean.
-    """
-    if backend == "auto":
-        backend = choose_backend(q_BNAE, k_BLAE, masked=key_mask_BL is not None)
-    if key_mask_BL is not None:
-        if key_mask_BL.dtype != torch.bool:
-            raise ValueError(
-                f"the key mask is {key_mask_BL.dtype}, but must be torch.bool, True on keys that "
-                f"may be attended: pass mask.bool()"
-            )
-        # softmax over nothing is 0/0: let an empty row see all of its keys, with values of zero.
-        has_key_B1 = key_mask_BL.any(dim=1, keepdim=True)
-        v_BLAE = v_BLAE * has_key_B1[:, :, None, None]
-        key_mask_BL = key_mask_BL | ~has_key_B1
-    return _BACKENDS[backend](q_BNAE, k_BLAE, v_BLAE, key_mask_BL)
 
 
 def self_attention(qkv_BN3AE: Tensor) -> Tensor:
@@ -130,7 +91,9 @@ def backend_problem(
 ) -> str | None:
     """Why a backend cannot run on these, or None if it can."""
     if backend == "triton":
-        return triton_problem(device)
+        from longtake.ops.flash_attention import flash_problem
+
+        return flash_problem(head_size, dtype, device)
     if backend == "fa4":
         return fa4_problem(device, dtype, head_size)
     if backend == "cudnn":

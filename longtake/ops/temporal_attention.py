@@ -17,27 +17,11 @@ import torch
 from torch import Tensor
 
 from longtake.ops import kernels
-from longtake.ops.attention import attention, self_attention_by, triton_problem
+from longtake.ops.attention import self_attention_by, triton_problem
 from longtake.ops.temporal_attention_kernel import LIMITS, launch_backward, launch_forward
 
 
-def temporal_attention_reference(q_BTSAE: Tensor, k_BTSAE: Tensor, v_BTSAE: Tensor) -> Tensor:
-    """Attention over T through copies with S moved into the batch, (B, T, S, A, E)."""
-    batch_size = q_BTSAE.shape[0]
-    q_NTAE, k_NTAE, v_NTAE = (x.transpose(1, 2).flatten(0, 1) for x in (q_BTSAE, k_BTSAE, v_BTSAE))
-    out_NTAE = attention(q_NTAE, k_NTAE, v_NTAE)  # N = B S independent sequences of T
-    return out_NTAE.unflatten(0, (batch_size, -1)).transpose(1, 2)
-
-
-def temporal_attention(q_BTSAE: Tensor, k_BTSAE: Tensor, v_BTSAE: Tensor) -> Tensor:
-    """Attention over T, independently for every b, s and head, (B, T, S, A, E) in the dtype of q.
-
-    The inputs may be strided views into one QKV product.
-    """
-    return temporal_attention_reference(q_BTSAE, k_BTSAE, v_BTSAE)
-
-
-def packed_temporal_attention_reference(qkv_BTS3AE: Tensor) -> Tensor:
+def temporal_attention_reference(qkv_BTS3AE: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(E)) v over T with explicit scores in at least float32."""
     dtype = torch.promote_types(qkv_BTS3AE.dtype, torch.float32)
     q_BTSAE, k_BTSAE, v_BTSAE = qkv_BTS3AE.to(dtype).unbind(3)
@@ -102,7 +86,7 @@ def packed_problem(
     return triton_problem(device)
 
 
-def packed_temporal_attention(qkv_BTS3AE: Tensor) -> Tensor:
+def temporal_attention(qkv_BTS3AE: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(E)) v over T, independently for every b, s and head.
 
     Takes the QKV product as it lies and returns (B, T, S, A, E), contiguous, in its dtype; the
@@ -132,7 +116,7 @@ def packed_temporal_attention(qkv_BTS3AE: Tensor) -> Tensor:
             )
         return _temporal_attention(qkv_BTS3AE)
     if backend == "reference":
-        return packed_temporal_attention_reference(qkv_BTS3AE)
+        return temporal_attention_reference(qkv_BTS3AE)
     qkv_NT3AE = qkv_BTS3AE.transpose(1, 2).flatten(0, 1)  # N = B S independent sequences
     out_NTAE = self_attention_by(backend, qkv_NT3AE)
     return out_NTAE.unflatten(0, (qkv_BTS3AE.shape[0], -1)).transpose(1, 2).contiguous()

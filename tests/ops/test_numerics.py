@@ -56,14 +56,12 @@ def test_every_fused_operation_is_checked():
         "rms_norm",
         "rotary",
         "sincos",
-        "temporal_attention",
     }
     found = set()
     for path in Path(ops.__file__).parent.glob("*.py"):
         found |= set(re.findall(r"^def (\w+)_reference\(", path.read_text(), re.MULTILINE))
     kinds = {
         "flash_attention": "self_attention",
-        "packed_temporal_attention": "temporal_attention",
         "text_attention": "cross_attention",
     }
     expected = {kinds.get(name, name) for name in found - has_no_kernel}

@@ -6,8 +6,8 @@ import torch
 from longtake.ops import temporal_attention as module
 from longtake.ops.kernels import KernelConfig, kernels_as
 from longtake.ops.temporal_attention import (
-    packed_temporal_attention,
-    packed_temporal_attention_reference,
+    temporal_attention,
+    temporal_attention_reference,
 )
 
 pytest.importorskip("triton")
@@ -20,14 +20,14 @@ BY_TRITON = KernelConfig(temporal_attention="triton")
 SHAPES = {
     "one_frame": (2, 1, 3, 2, 72),
     "five_frames": (2, 5, 9, 2, 72),
-    "batched_tile": (2, 16, 5, 2, 72),
-    "batched_tile_with_gaps": (1, 11, 5, 1, 72),
+    "sixteen_frames": (2, 16, 5, 2, 72),
+    "tile_with_gaps": (1, 11, 5, 1, 72),
     "seventeen_frames": (1, 17, 3, 2, 72),
     "two_tiles": (1, 33, 2, 1, 72),
     "full_tile": (1, 64, 2, 1, 72),
     "eight_warps": (1, 100, 1, 1, 72),
     "head_of_64": (1, 16, 5, 2, 64),
-    "head_of_64_unbatched": (1, 20, 3, 2, 64),
+    "head_of_64_with_gaps": (1, 20, 3, 2, 64),
     "head_of_40": (1, 16, 5, 2, 40),
     "head_of_32": (1, 7, 5, 2, 32),
     "head_of_12": (1, 16, 3, 3, 12),
@@ -51,7 +51,7 @@ def draw_gradient(shape, dtype=torch.bfloat16):
 
 def by_triton(qkv):
     with kernels_as(BY_TRITON):
-        return packed_temporal_attention(qkv)
+        return temporal_attention(qkv)
 
 
 def plain_attention(qkv_BTS3AE):
@@ -73,7 +73,7 @@ def results(attend, qkv, dout):
 
 def assert_as_exact_as_torch(qkv, dout):
     """Errors against float64 are at most twice those of plain torch in the same dtype."""
-    exact = results(packed_temporal_attention_reference, qkv.double(), dout.double())
+    exact = results(temporal_attention_reference, qkv.double(), dout.double())
     plain = results(plain_attention, qkv, dout)
     ours = results(by_triton, qkv, dout)
     for name, value in exact.items():
@@ -137,7 +137,7 @@ def test_offsets_beyond_32_bits():
         assert torch.equal(results(by_triton, qkv, dout)[name], value), name
 
 
-@pytest.mark.parametrize("num_frames", [5, 16], ids=["masked", "batched"])
+@pytest.mark.parametrize("num_frames", [5, 16])
 def test_sequences_of_a_tile_do_not_see_each_other(num_frames):
     shape = (1, num_frames, 4, 1, 32)
     qkv, dout = draw_qkv(shape), draw_gradient(shape)
@@ -180,9 +180,9 @@ def test_operators_keep_their_contracts():
 def test_compiled_in_one_graph_it_equals_eager(backend):
     qkv, dout = draw_qkv((1, 5, 3, 2, 32)), draw_gradient((1, 5, 3, 2, 32))
     with kernels_as(KernelConfig(temporal_attention=backend)):
-        eager = results(packed_temporal_attention, qkv, dout)
+        eager = results(temporal_attention, qkv, dout)
         torch.compiler.reset()
-        compiled = torch.compile(packed_temporal_attention, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(temporal_attention, fullgraph=True, backend="aot_eager")
         for name, value in results(compiled, qkv, dout).items():
             assert torch.equal(value, eager[name]), name
 
@@ -192,10 +192,10 @@ def test_compiled_in_one_graph_it_equals_eager(backend):
 def test_other_backends_agree(backend, dtype):
     shape = (2, 5, 3, 2, 8)
     qkv, dout = draw_qkv(shape, dtype), draw_gradient(shape, dtype)
-    exact = results(packed_temporal_attention_reference, qkv.double(), dout.double())
+    exact = results(temporal_attention_reference, qkv.double(), dout.double())
     rtol, atol = (0.02, 0.05) if dtype == torch.bfloat16 else (1e-5, 1e-5)
     with kernels_as(KernelConfig(temporal_attention=backend)):
-        found = results(packed_temporal_attention, qkv, dout)
+        found = results(temporal_attention, qkv, dout)
     for name, value in exact.items():
         torch.testing.assert_close(found[name], value.to(dtype), rtol=rtol, atol=atol)
     assert found["out"].is_contiguous()
@@ -203,7 +203,7 @@ def test_other_backends_agree(backend, dtype):
 
 def test_reference_is_softmax_attention_at_every_place():
     qkv = draw(2, 4, 3, 3, 2, 8)
-    out = packed_temporal_attention_reference(qkv)
+    out = temporal_attention_reference(qkv)
     for b, s, a in ((0, 0, 0), (1, 2, 1)):
         q, k, v = qkv[b, :, s, :, a].unbind(1)
         weights = (q @ k.T / 8**0.5).softmax(-1)
@@ -212,9 +212,9 @@ def test_reference_is_softmax_attention_at_every_place():
 
 def test_other_layouts_are_refused():
     with pytest.raises(ValueError, match=r"shape \(2, 4, 3, 48\), but expects .* unflatten the la"):
-        packed_temporal_attention(torch.zeros(2, 4, 3, 48))
+        temporal_attention(torch.zeros(2, 4, 3, 48))
     with pytest.raises(ValueError, match=r"\(2, 4, 3, 2, 3, 8\), but expects \(batch, frames, pl"):
-        packed_temporal_attention(torch.zeros(2, 4, 3, 2, 3, 8))
+        temporal_attention(torch.zeros(2, 4, 3, 2, 3, 8))
 
 
 REFUSED = {
