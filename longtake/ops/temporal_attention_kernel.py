@@ -1,12 +1,12 @@
 """The Triton kernels of temporal attention and their launchers.
 
-A program computes one head of a tile of whole sequences: neighbouring places, all of their frames.
-Sequences of 9 to 16 frames fill the smallest tile of the tensor cores and are multiplied as a
-batch. Others lie one after the other in the rows of one matrix, and a mask keeps rows to their own
-sequence: the products that it discards are cheaper than the memory that all of it waits for.
+A program computes one head of a tile of whole sequences: neighbouring places, all of their frames,
+one after the other in the rows of one matrix. A mask keeps rows to their own sequence. For 16
+frames in 64 rows it discards three quarters of the products, which is still the cheaper way: the
+tensor cores do 64 rows in one instruction, and all loads are under way before the first is needed.
 
 Letters: B batch, T frames, S spatial patches, A heads, E size per head; 3 is q, k and v. R are the
-rows of a tile: (rows,), or (sequences, frames) of a batch.
+rows of a tile.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -88,21 +88,15 @@ def _rows(
     T: tl.constexpr,
     PACK: tl.constexpr,
     T_PAD: tl.constexpr,
-    IS_BATCH: tl.constexpr,
 ):
-    """This program's sample and head, and place and frame of its rows."""
+    """This program's sample and head; place and frame of its rows, and which of them exist."""
     # Heads run fastest: 144 bytes of one end in the middle of a 32-byte sector, and the program
     # that needs the other half should ask for it while L2 still has it.
     head = (tl.program_id(0) % NUM_HEADS).to(tl.int64)
     first = tl.program_id(0) // NUM_HEADS * PACK
-    if IS_BATCH:
-        s_R = first + tl.arange(0, PACK)[:, None]
-        t_R = tl.arange(0, T_PAD)[None, :]
-    else:
-        row_R = tl.arange(0, PACK * T_PAD)
-        s_R = first + row_R // T_PAD
-        t_R = row_R % T_PAD
-    s_R1, t_R1 = tl.expand_dims(s_R, -1), tl.expand_dims(t_R, -1)
+    row_R1 = tl.arange(0, PACK * T_PAD)[:, None]
+    s_R1 = first + row_R1 // T_PAD
+    t_R1 = row_R1 % T_PAD
     exists_R1 = s_R1 < S
     if T < T_PAD:
         exists_R1 = exists_R1 & (t_R1 < T)
@@ -117,19 +111,18 @@ def _exponentials(
     T: tl.constexpr,
     PACK: tl.constexpr,
     T_PAD: tl.constexpr,
-    IS_BATCH: tl.constexpr,
 ):
     """exp(scale * (score - the row's highest)), 0 for other sequences; and its sums over rows."""
-    row = tl.arange(0, T_PAD if IS_BATCH else PACK * T_PAD)
+    row = tl.arange(0, PACK * T_PAD)
     if T < T_PAD:
         scores_RR = tl.where(row % T_PAD < T, scores_RR, float("-inf"))
-    if PACK > 1 and not IS_BATCH:
+    if PACK > 1:
         is_own = row[:, None] // T_PAD == row // T_PAD
         scores_RR = tl.where(is_own, scores_RR, float("-inf"))
     # Each row sees frame 0 of its place, also a row that pads, so its highest score is finite.
-    highest_R1 = tl.max(scores_RR, axis=-1, keep_dims=True)
+    highest_R1 = tl.max(scores_RR, axis=1, keep_dims=True)
     weights_RR = tl.exp2(scores_RR * scale_log2 - highest_R1 * scale_log2)
-    return weights_RR, tl.sum(weights_RR, axis=-1, keep_dims=True)
+    return weights_RR, tl.sum(weights_RR, axis=1, keep_dims=True)
 
 
 @triton.jit
@@ -150,10 +143,9 @@ def _temporal_attention_forward(
     T: tl.constexpr,
     PACK: tl.constexpr,
     T_PAD: tl.constexpr,
-    IS_BATCH: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    b, head, s_R1, t_R1, exists_R1 = _rows(S, NUM_HEADS, T, PACK, T_PAD, IS_BATCH)
+    b, head, s_R1, t_R1, exists_R1 = _rows(S, NUM_HEADS, T, PACK, T_PAD)
     in_R1 = (t_R1 * stride_t + s_R1 * stride_s) * ALIGNED
     out_R1 = (t_R1 * S + s_R1) * (NUM_HEADS * E)
     q_ptr = qkv_ptr + (b * stride_b + head * stride_a) * ALIGNED
@@ -165,7 +157,7 @@ def _temporal_attention_forward(
     k, k_rest = _load(k_ptr, in_R1, exists_R1, E, MAIN, REST)
     v, v_rest = _load(v_ptr, in_R1, exists_R1, E, MAIN, REST)
     scores_RR = _dot_rows(q, q_rest, k, k_rest, REST)
-    weights_RR, sum_R1 = _exponentials(scores_RR, scale_log2, T, PACK, T_PAD, IS_BATCH)
+    weights_RR, sum_R1 = _exponentials(scores_RR, scale_log2, T, PACK, T_PAD)
     weights_RR = weights_RR.to(q.dtype)
     inverse_R1 = 1.0 / sum_R1
     _store_product(out_ptr, out_R1, exists_R1, inverse_R1, weights_RR, v, v_rest, E, MAIN, REST)
@@ -191,10 +183,9 @@ def _temporal_attention_backward(
     T: tl.constexpr,
     PACK: tl.constexpr,
     T_PAD: tl.constexpr,
-    IS_BATCH: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    b, head, s_R1, t_R1, exists_R1 = _rows(S, NUM_HEADS, T, PACK, T_PAD, IS_BATCH)
+    b, head, s_R1, t_R1, exists_R1 = _rows(S, NUM_HEADS, T, PACK, T_PAD)
     in_R1 = (t_R1 * stride_t + s_R1 * stride_s) * ALIGNED
     dout_R1 = (t_R1 * S + s_R1) * (NUM_HEADS * E)
     dqkv_R1 = 3 * dout_R1
@@ -214,10 +205,10 @@ def _temporal_attention_backward(
     # A row's weights are all here, so neither their sums nor rowsum(dout * out) need to be saved:
     #   ds = p * (dp - rowsum(p * dp)), dp = dout v^T; dv = p^T dout; dk = ds^T q; dq = ds k
     scores_RR = _dot_rows(q, q_rest, k, k_rest, REST)
-    p_RR, sum_R1 = _exponentials(scores_RR, scale_log2, T, PACK, T_PAD, IS_BATCH)
+    p_RR, sum_R1 = _exponentials(scores_RR, scale_log2, T, PACK, T_PAD)
     p_RR = p_RR * (1.0 / sum_R1)
     dp_RR = _dot_rows(dout, dout_rest, v, v_rest, REST)
-    ds_RR = p_RR * (dp_RR - tl.sum(p_RR * dp_RR, axis=-1, keep_dims=True))
+    ds_RR = p_RR * (dp_RR - tl.sum(p_RR * dp_RR, axis=1, keep_dims=True))
     p_RR, ds_RR = p_RR.to(q.dtype), ds_RR.to(q.dtype)
     _store_product(dq_ptr, dqkv_R1, exists_R1, scale, ds_RR, k, k_rest, E, MAIN, REST)
     p_RR = tl.trans(p_RR)
@@ -291,7 +282,6 @@ def _launch_options(qkv_BTS3AE: Tensor) -> tuple[tuple[int, int], list[int], dic
         "T": T,
         "PACK": rows // frames,
         "T_PAD": frames,
-        "IS_BATCH": frames == 16,
         "ALIGNED": aligned,
         "num_warps": rows // 16 if is_half else 8,
     }
