@@ -146,7 +146,6 @@ def encode(command: EncodeCommand) -> int:
             console.print(f"damaged: {damage}")
         if command.verify and not damages:
             console.print("every byte is as it was written")
-        shards_folder(store).mkdir(parents=True, exist_ok=True)
         catalog = read_catalog(store)
         if catalog.damaged and not command.dry_run:
             for name, problem in catalog.damaged.items():
@@ -166,6 +165,7 @@ def encode(command: EncodeCommand) -> int:
         if command.dry_run:
             return 1 if damages or catalog.damaged else 0
 
+        shards_folder(store).mkdir(parents=True, exist_ok=True)
         tally = Tally(total=sum(item.num_items for item in work))
         progress = _Progress(console, tally)
         for kind in ("text", "clips"):

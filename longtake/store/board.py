@@ -87,9 +87,13 @@ def _name(item: WorkList) -> str:
 
 
 def remove_leftovers(store: Path) -> None:
-    """Removes half-written shards of processes that are gone."""
+    """Removes what processes that are gone left: half-written shards, claims."""
     for temporary in shards_folder(store).glob(".*.tmp"):
         claim = take_claim(store, temporary.name.split(".")[1])
         if claim is not None:
             temporary.unlink(missing_ok=True)
+            claim.release()
+    for path in (store / "claims").glob("*.lock"):
+        claim = take_claim(store, path.stem)
+        if claim is not None:
             claim.release()
