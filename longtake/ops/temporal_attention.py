@@ -18,7 +18,12 @@ from torch import Tensor
 
 from longtake.ops import kernels
 from longtake.ops.attention import self_attention_by, triton_problem
-from longtake.ops.temporal_attention_kernel import LIMITS, launch_backward, launch_forward
+from longtake.ops.temporal_attention_kernel import (
+    MAX_FRAMES,
+    MAX_HEAD_SIZE,
+    launch_backward,
+    launch_forward,
+)
 
 
 def temporal_attention_reference(qkv_BTS3AE: Tensor) -> Tensor:
@@ -76,13 +81,12 @@ def packed_problem(
 ) -> str | None:
     """Why the packed kernel cannot run on these, or None if it can."""
     name = str(dtype).removeprefix("torch.")
-    if dtype not in LIMITS:
+    if dtype not in MAX_FRAMES:
         return f"it computes in bfloat16, float16 or float32, not {name}"
-    max_frames, max_head_size = LIMITS[dtype]
-    if num_frames > max_frames:
-        return f"it holds at most {max_frames} frames of {name}, not {num_frames}"
-    if head_size > max_head_size:
-        return f"it takes heads up to {max_head_size} of {name}, not {head_size}"
+    if num_frames > MAX_FRAMES[dtype]:
+        return f"it holds at most {MAX_FRAMES[dtype]} frames of {name}, not {num_frames}"
+    if head_size > MAX_HEAD_SIZE:
+        return f"it takes heads up to {MAX_HEAD_SIZE}, not {head_size}"
     return triton_problem(device)
 
 

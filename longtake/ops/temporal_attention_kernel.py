@@ -23,8 +23,9 @@ from torch import Tensor
 
 from longtake.ops.triton_language import tl, triton
 
-# The most frames and the largest head of a tile, by what fits into registers.
-LIMITS = {torch.bfloat16: (128, 128), torch.float16: (128, 128), torch.float32: (64, 80)}
+# The most frames of a tile: float32 has no more room in registers.
+MAX_FRAMES = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
+MAX_HEAD_SIZE = 128
 
 
 @triton.jit
@@ -266,7 +267,7 @@ def _launch_options(qkv_BTS3AE: Tensor) -> tuple[tuple[int, int], list[int], dic
     B, T, S, _, A, E = qkv_BTS3AE.shape
     frames = triton.next_power_of_2(T)
     # Four warps multiply 64 rows by one instruction. Without tensor cores, float32 needs many
-    # registers: beyond 32 frames its backward runs a few of them over into memory.
+    # registers: beyond 32 frames, and with heads over 80, some of them run over into memory.
     is_half = qkv_BTS3AE.dtype != torch.float32
     rows = max(64 if is_half else 32, frames)
     main = max(16, triton.next_power_of_2(E + 1) // 2)  # the largest power of two up to E
