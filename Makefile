@@ -1,6 +1,7 @@
 # Longtake's two commands, each with its own set-up:
 #   make quickstart   train a tiny STDiT on real clips on the CPU, sample it, write a report
 #   make test         the whole test suite
+#   make kernels      compile every fused kernel for a GPU (none needed) and look for spilled registers
 # PYTHON=python3.12 picks an interpreter; TORCH_BACKEND=cpu fetches PyTorch's small CPU build on Linux
 # (needs access to PyTorch's own package index; the default is whatever your index offers).
 
@@ -11,10 +12,10 @@ BIN := $(VENV)/bin
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 INSTALL = VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 
-.PHONY: quickstart test lint types clean help
+.PHONY: quickstart test kernels lint types clean help
 
 help:
-	@sed -n '1,5p' Makefile
+	@sed -n '1,6p' Makefile
 
 quickstart: $(VENV)/.ready-quickstart
 	$(BIN)/longtake clips
@@ -22,6 +23,9 @@ quickstart: $(VENV)/.ready-quickstart
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2
+
+kernels: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m compiled
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

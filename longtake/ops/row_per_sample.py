@@ -11,8 +11,8 @@ def row_per_sample(row_B1D: Tensor, x_BND: Tensor) -> Tensor:
     Raises ValueError if it is not one row per sample.
     """
     batch_size, hidden_size = x_BND.shape[0], x_BND.shape[-1]
-    if row_B1D.ndim != x_BND.ndim or row_B1D.numel() != batch_size * hidden_size:
-        expected = (batch_size, *(1,) * (x_BND.ndim - 2), hidden_size)
+    expected = (batch_size, *(1,) * (x_BND.ndim - 2), hidden_size)
+    if row_B1D.shape != expected:
         raise ValueError(
             f"shift, scale or gate of shape {tuple(row_B1D.shape)} beside tokens of "
             f"{tuple(x_BND.shape)}: expected one row per sample, {expected}"

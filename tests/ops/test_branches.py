@@ -133,7 +133,7 @@ def test_stream_that_nobody_else_reads_has_a_gradient(name: str):
     assert all(x.grad is not None and x.grad.isfinite().all() for x in inputs.values())
 
 
-@pytest.mark.parametrize("shape", [(1, 1, D), (B, T * S, D), (B, D)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, D), (1, B, D), (B, T * S, D), (B, D)], ids=str)
 def test_anything_but_one_row_per_sample_is_refused(shape: tuple[int, ...]):
     inputs = _inputs("modulated_linear", torch.float32, (T * S,))
     inputs["shift"] = torch.zeros(shape, device=DEVICE)

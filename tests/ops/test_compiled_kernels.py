@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 SHARED = {90: 232_448}
 
 
-@pytest.mark.slow
+@pytest.mark.compiled
 @pytest.mark.parametrize("capability", SHARED)
 def test_kernels_compile_without_spilling_registers(capability: int):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
