@@ -55,14 +55,14 @@ class TextTable(Sequence[str]):
     """Many strings in one buffer: less memory than a list, and workers share it untouched."""
 
     def __init__(self) -> None:
-        self._bytes: bytearray | memoryview = bytearray()
+        self._bytes: bytearray | np.ndarray = bytearray()
         self._ends: array[int] | np.ndarray = array("q")
 
     @classmethod
     def from_columns(cls, data: np.ndarray, ends: np.ndarray) -> TextTable:
         """The inverse of `columns`, without a copy; nothing can be appended."""
         table = cls()
-        table._bytes, table._ends = data.data, ends
+        table._bytes, table._ends = data, ends
         return table
 
     def append(self, text: str) -> None:
@@ -136,6 +136,11 @@ def read_manifest(
     """
     file = Path(path)
     reader = _READERS.get(file.suffix.lower())
+    if file.is_dir():
+        raise ManifestError(
+            f"{file} is a folder: give a manifest. A latent store is read by `longtake train`, "
+            "and checked by `longtake encode --verify`"
+        )
     if reader is None:
         known = ", ".join(_READERS)
         raise ManifestError(f"{file}: the manifest's name must end in one of {known}")

@@ -16,6 +16,7 @@ from longtake import randomness
 from longtake.data.batch import BadSample, Samples, bad_sample
 from longtake.data.config import DataConfig
 from longtake.data.files import MediaError
+from longtake.data.manifest import Manifest
 from longtake.data.source import Source, View, place_at, position_of
 from longtake.data.stream import Pool, replacement, sample_at
 from longtake.randomness import SampleKeys, Stream
@@ -46,12 +47,16 @@ class Reader(Dataset):
     """Turns requests into batches, in whichever process it finds itself."""
 
     def __init__(self, config: DataConfig, source: Source) -> None:
-        self.config, self.source, self.manifest = config, source, source.manifest
+        self.config, self.source = config, source
         # What each worker reads now: (process id, sample id, since when in ms). Shared memory, so
         # that a worker's death or hang can be blamed on a file.
         self.doing = torch.full((max(1, config.num_workers), 3), -1, dtype=torch.int64)
         if config.num_workers:
             self.doing.share_memory_()
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.source.manifest
 
     def __getitem__(self, request: Any) -> Any:
         raise NotImplementedError

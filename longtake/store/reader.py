@@ -14,6 +14,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,14 @@ class StoreSource:
                 "on text: encode again with the text encoder of the run"
             )
         self.manifest = self.index.manifest
-        self.with_text = with_text
+        self.config, self.with_text = config, with_text
         sizes = [bucket_sizes(bucket) for bucket in config.buckets]
         self._stored = [self.recipe.buckets.index(size) for size in sizes]
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor
-        self._has_posterior: bool | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker that is not forked opens the store itself, instead of being sent the index.
+        return partial(StoreSource, with_text=self.with_text), (self.folder, self.config)
 
     def read(self, sample_id: int, bucket: int, view: View) -> EncodedClip:
         """The statistics stored for that place and side, and the caption's embedding.

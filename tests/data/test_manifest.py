@@ -160,6 +160,11 @@ def test_paths_stay_in_the_root_unless_allowed(tmp_path: Path) -> None:
     assert rooted.real_path(rooted[0]).parent == outside.resolve()
 
 
+def test_a_folder_is_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"is a folder: give a manifest\. A latent store is"):
+        read_manifest(tmp_path)
+
+
 def test_a_text_table_is_a_list_of_strings() -> None:
     table = TextTable()
     texts = ["", "a", "東京", "", "🎬 end"]
