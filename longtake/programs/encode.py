@@ -29,6 +29,7 @@ from longtake.store import (
     Form,
     Identity,
     Index,
+    Recipe,
     Tally,
     WorkList,
     content_of,
@@ -38,6 +39,7 @@ from longtake.store import (
     file_keys,
     find_damage,
     is_store,
+    largest_size,
     make_index,
     make_recipe,
     manifest_facts,
@@ -63,8 +65,8 @@ _DESCRIPTION = (
     "is there, only what is new or changed is encoded. --latents 8bit takes half the space. "
     "--verify reads every byte first and encodes again what is damaged. --identity size-mtime "
     "knows files by name, size and time instead of reading them all (sha256). --shard-mib sets the "
-    "shards' size, --retry-failed tries clips again that failed before, --dry-run only says what "
-    "there is to do."
+    "shards' size, --retry-failed tries clips again that failed before. --dry-run only says what "
+    "there is to do; with --verify it only verifies, and needs neither clips nor encoders."
 )
 
 
@@ -116,7 +118,7 @@ def parse_encode(arguments: Sequence[str]) -> EncodeCommand:
 
 
 def encode(command: EncodeCommand) -> int:
-    """Fill the store; returns the exit status, 1 for a dry run that found damage."""
+    """Fill the store; returns the exit status, 1 if damage was found and only looked for."""
     config, store = command.config, command.store
     if store.exists() and not is_store(store) and not (store.is_dir() and _is_empty(store)):
         raise ValueError(f"{store} exists and is not a latent store: choose another --output")
@@ -126,6 +128,14 @@ def encode(command: EncodeCommand) -> int:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         show_log(is_first=rank == 0)
         console = Console(quiet=rank != 0, soft_wrap=True, highlight=False, markup=False)
+
+        damages = _verify(command, rank, world_size) if command.verify else []
+        for damage in damages:
+            console.print(f"damaged: {damage}")
+        if command.verify and not damages:
+            console.print("every byte is as it was written")
+        if command.verify and command.dry_run:
+            return 1 if damages else 0
 
         manifest = open_manifest(config.data)
         video_encoder = build_video_encoder(config.video_encoder, device, config.seed)
@@ -141,11 +151,6 @@ def encode(command: EncodeCommand) -> int:
         if config.data.clip_position == "random" and not config.data.clip_places:
             log.info("clips are stored at one place, their beginning: see --data.clip-places")
 
-        damages = _verify(command, rank, world_size) if command.verify else []
-        for damage in damages:
-            console.print(f"damaged: {damage}")
-        if command.verify and not damages:
-            console.print("every byte is as it was written")
         catalog = read_catalog(store)
         if catalog.damaged and not command.dry_run:
             for name, problem in catalog.damaged.items():
@@ -161,9 +166,9 @@ def encode(command: EncodeCommand) -> int:
             shard_bytes=int(command.shard_mib * 2**20),
             retry_failed=command.retry_failed,
         )
-        _print_work(console, work, content)
+        _print_work(console, work, content, recipe)
         if command.dry_run:
-            return 1 if damages or catalog.damaged else 0
+            return 0
 
         shards_folder(store).mkdir(parents=True, exist_ok=True)
         tally = Tally(total=sum(item.num_items for item in work))
@@ -234,11 +239,15 @@ def _file_keys(
     return keys, failures
 
 
-def _print_work(console: Console, work: Sequence[WorkList], content: Content) -> None:
+def _print_work(
+    console: Console, work: Sequence[WorkList], content: Content, recipe: Recipe
+) -> None:
     clips, captions = (
         sum(item.num_items for item in work if item.kind == kind) for kind in ("clips", "text")
     )
     text = f"to encode: {clips:,} clips and {captions:,} captions in {len(work):,} shards"
+    if work:
+        text += f", at most {_size(sum(largest_size(item, recipe) for item in work))}"
     if content.failures:
         text += f"; {len(content.failures):,} samples have no readable file"
     console.print(text)

@@ -13,9 +13,9 @@ from longtake.store.encoders import (
 from longtake.store.forms import Form
 from longtake.store.index import Index, is_store, read_index, write_index
 from longtake.store.keys import Identity, file_keys
-from longtake.store.plan import Content, WorkList, content_of, missing_work
+from longtake.store.plan import Content, WorkList, content_of, largest_size, missing_work
 from longtake.store.reader import EncodedBatch, StoreSource, open_source
-from longtake.store.recipe import make_recipe
+from longtake.store.recipe import Recipe, make_recipe
 from longtake.store.shards import shards_folder
 from longtake.store.tensor_file import StoreError
 from longtake.store.verify import Damage, find_damage, set_aside
@@ -29,6 +29,7 @@ __all__ = [
     "Form",
     "Identity",
     "Index",
+    "Recipe",
     "StoreError",
     "StoreSource",
     "StoredTextEncoder",
@@ -43,6 +44,7 @@ __all__ = [
     "file_keys",
     "find_damage",
     "is_store",
+    "largest_size",
     "make_index",
     "make_recipe",
     "manifest_facts",

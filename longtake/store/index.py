@@ -23,6 +23,7 @@ from longtake.data import Manifest
 from longtake.data.files import REASONS
 from longtake.data.manifest import INTEGER_COLUMNS, SECONDS_COLUMNS, TEXT_COLUMNS, TextTable
 from longtake.store.recipe import Recipe
+from longtake.store.shards import is_shard_name
 from longtake.store.tensor_file import (
     DTYPES,
     SUFFIX,
@@ -237,6 +238,8 @@ def _check_entries(entries: Entries) -> None:
     columns = (entries.keys, entries.shard_of, entries.begins, entries.sizes, entries.checksums)
     if len({len(column) for column in columns}) != 1:
         raise StoreError(None, "columns of entries differ in length")
+    if not all(map(is_shard_name, entries.shards)):
+        raise StoreError(None, "a shard has a name that no shard has")
     shard_of, begins, sizes = entries.shard_of, entries.begins, entries.sizes
     if not len(begins):
         return

@@ -101,15 +101,24 @@ def missing_work(
     tried = np.array([] if retry_failed else list(catalog.failures), KEY_DTYPE)
     work = []
     if recipe.text is not None:
-        facts = recipe.text.facts
-        largest = 2 * facts["max_tokens"] * facts["channels"]
-        keys = content.text[:, None]
-        work += _cut("text", 0, keys, catalog, tried, max(1, shard_bytes // largest))
+        captions = max(1, shard_bytes // _largest("text", 0, recipe))
+        work += _cut("text", 0, content.text[:, None], catalog, tried, captions)
     for bucket, keys in enumerate(content.clips):
-        size = record_bytes(recipe.latent_shapes[bucket], recipe.latents, with_posterior=True)
-        samples = max(1, shard_bytes // (size * recipe.num_variants))
+        samples = max(1, shard_bytes // (_largest("clips", bucket, recipe) * recipe.num_variants))
         work += _cut("clips", bucket, keys, catalog, tried, samples)
     return work
+
+
+def largest_size(item: WorkList, recipe: Recipe) -> int:
+    """Bytes of a list's statistics or embeddings, were they all as large as can be."""
+    return item.num_items * _largest(item.kind, item.bucket, recipe)
+
+
+def _largest(kind: Kind, bucket: int, recipe: Recipe) -> int:
+    if kind == "text":
+        assert recipe.text is not None
+        return 2 * recipe.text.facts["max_tokens"] * recipe.text.facts["channels"]
+    return record_bytes(recipe.latent_shapes[bucket], recipe.latents, with_posterior=True)
 
 
 def _cut(

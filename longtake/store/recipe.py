@@ -120,12 +120,31 @@ class Recipe:
             whole = (recipe.frame_interval, recipe.places)
             well = all(type(number) is int and number > 0 for number in whole)
             well &= recipe.latents in ("bf16", "8bit") and isinstance(recipe.flips, bool)
-            well &= len(recipe.buckets) == len(recipe.latent_shapes) and recipe.video is not None
+            well &= len(recipe.buckets) == len(recipe.latent_shapes)
+            well &= _are_facts(recipe)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(None, f"not a recipe of a latent store ({error})") from error
         if not well:
             raise StoreError(None, "not a recipe of a latent store: values out of range")
         return recipe
+
+
+def _are_facts(recipe: Recipe) -> bool:
+    """Whether what a store says of its encoders is of the right kind."""
+    facts = recipe.video.facts
+    channels = facts["latent_channels"]
+    numbers = [*facts["latent_mean"], *facts["latent_scale"]]
+    sizes = [channels, *facts["downsample"]]
+    well = len(facts["latent_mean"]) == len(facts["latent_scale"]) == channels
+    well &= all(type(number) in (int, float) for number in numbers)
+    well &= all(shape[0] == channels for shape in recipe.latent_shapes) and len(sizes) == 4
+    encoders = [recipe.video]
+    if recipe.text is not None:
+        encoders.append(recipe.text)
+        sizes += [recipe.text.facts["channels"], recipe.text.facts["max_tokens"]]
+    well &= all(type(size) is int and 0 < size < 2**31 for size in sizes)
+    parts = [part for encoder in encoders for part in (encoder.config, encoder.provenance)]
+    return well and all(isinstance(part, dict) for part in parts)
 
 
 def make_recipe(

@@ -104,18 +104,22 @@ def _checksum(record: Record) -> int:
     return crc
 
 
+def is_shard_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
+
+
 def shard_names(store: Path) -> list[str]:
     """Of all complete shards, sorted."""
     try:
         with os.scandir(shards_folder(store)) as entries:
-            return sorted(entry.name for entry in entries if _NAME.fullmatch(entry.name))
+            return sorted(entry.name for entry in entries if is_shard_name(entry.name))
     except FileNotFoundError:
         return []
 
 
 def read_shard(store: Path, name: str) -> Shard:
     """A shard's header. Raises StoreError if it is not one."""
-    if not _NAME.fullmatch(name):
+    if not is_shard_name(name):
         raise StoreError(store, f"{name!r:.80} is not the name of a shard")
     path = shards_folder(store) / name
     header = read_header(path)

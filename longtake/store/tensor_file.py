@@ -100,8 +100,10 @@ def write_tensors(
             os.fsync(file.fileno())
             target = folder / f"{stem}-{digest.hexdigest()[:DIGEST_DIGITS]}{SUFFIX}"
             os.replace(temporary, target)
-        except BaseException:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(folder)  # a full disk does not say which
             raise
     fsync_folder(folder)
     return target

@@ -88,8 +88,8 @@ def test_it_is_the_run_that_encodes_on_line(config, straight):
     folder, batches = straight
     live = train(config)
     assert live.batches == batches
-    # The encoders compute in bf16, so the store rounds nothing. What may differ are last bits, where
-    # a kernel's sums depend on the batch that a clip was encoded in; on most machines none do.
+    # The encoders compute in bf16, so the store rounds nothing. Last bits may differ where a sum
+    # depends on the batch that a clip was encoded in; on most machines none does.
     assert losses(folder) == pytest.approx(losses(run_folder(config)), rel=1e-5)
 
 

@@ -90,6 +90,7 @@ def test_a_recipe_survives_json_and_nothing_else_passes_for_one():
     again = Recipe.from_json(plain)
     assert again.clip_digest(0) == recipe.clip_digest(0)
     assert again.to_json() == plain
+    facts = plain["video"]["facts"]
     for change in (
         {"places": 0},
         {"places": 1.5},
@@ -100,6 +101,16 @@ def test_a_recipe_survives_json_and_nothing_else_passes_for_one():
         {"latent_shapes": [[24, 4, 4, -4]]},
         {"video": None},
         {"video": {"config": {}}},
+        {"video": {**plain["video"], "facts": {}}},
+        {"video": {**plain["video"], "config": 3}},
+        {"video": {**plain["video"], "facts": {**facts, "latent_mean": [0.0]}}},
+        {
+            "video": {
+                **plain["video"],
+                "facts": {**facts, "downsample": [0, 8, 8]},
+            }
+        },
+        {"text": {**plain["text"], "facts": {"channels": 0, "max_tokens": 8}}},
         {"unknown": 1},
     ):
         with pytest.raises(StoreError, match="not a recipe"):

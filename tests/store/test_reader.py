@@ -251,6 +251,7 @@ def test_an_index_that_points_elsewhere_is_refused(tmp_path, config, store):
         replace(index, entries=replace(entries, begins=changed(entries.begins, 0, -1))),
         replace(index, entries=replace(entries, begins=changed(entries.begins, 0, 2**62))),
         replace(index, entries=replace(entries, sizes=changed(entries.sizes, 0, 2**62))),
+        replace(index, entries=replace(entries, shards=["../../x"] * len(entries.shards))),
         replace(index, text=changed(index.text, 0, 10**6)),
         replace(index, clips=[changed(index.clips[0], (0, 0), -9), index.clips[1]]),
         replace(index, clips=[index.clips[0][:, :2], index.clips[1]]),
