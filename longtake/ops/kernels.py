@@ -13,7 +13,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -46,7 +47,8 @@ PLAIN = KernelConfig(
 )
 """Plain torch with explicit softmax: what everything else is measured and checked against."""
 
-# What our kernels keep on chip: the frames of a packed sequence, text tokens, values of a head.
+# What our kernels keep on chip: the frames of a packed sequence, text tokens, values of a head. The
+# packed kernel holds 128 frames in half precision, but one program to an SM at a time.
 MAX_PACKED_FRAMES = 64
 MAX_TEXT_TOKENS = 256
 MAX_HEAD_SIZE = 128
@@ -128,9 +130,9 @@ def _candidates(
         if kind == "cross_attention" and keys <= MAX_TEXT_TOKENS:
             yield "triton"
     if kind != "cross_attention" and device.type == "cuda" and is_half:
-        if keys >= MIN_FA4_KEYS and has_fa4():
+        if keys >= MIN_FA4_KEYS and head_size <= MAX_HEAD_SIZE and has_fa4(device):
             yield "fa4"
-        if head_size % 8 == 0 and head_size <= 128 and has_cudnn_attention(device):
+        if head_size % 8 == 0 and head_size <= MAX_HEAD_SIZE and has_cudnn_attention(device):
             yield "cudnn"
     yield "sdpa"
 
@@ -156,14 +158,14 @@ def has_cudnn_attention(device: torch.device) -> bool:
 
 
 @functools.cache
-def has_fa4() -> bool:
-    """Whether FlashAttention-4 is installed; importing it takes seconds, so this only looks."""
-    return (
-        importlib.util.find_spec("flash_attn") is not None
-        and importlib.util.find_spec("flash_attn.cute") is not None
-    )
+def has_fa4(device: torch.device) -> bool:
+    """Whether FlashAttention-4 is installed and the device new enough (Hopper).
 
-
-def backends() -> tuple[str, ...]:
-    """All names of attention backends."""
-    return get_args(AttentionBackend)
+    Importing it takes seconds, so this only looks.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    package = importlib.util.find_spec("flash_attn")
+    if package is None or not package.submodule_search_locations:
+        return False
+    return any(Path(folder, "cute").is_dir() for folder in package.submodule_search_locations)
