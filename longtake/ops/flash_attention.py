@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.ops.attention import attention_reference, triton_problem
 from longtake.ops.flash_attention_kernel import (
     flash_attention_forward,
     flash_attention_key_value_gradient,
     flash_attention_query_gradient,
 )
+from longtake.ops.kernels import triton_problem
+from longtake.ops.plain_attention import attention_reference
 from longtake.ops.triton_language import triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

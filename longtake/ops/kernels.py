@@ -147,6 +147,15 @@ def is_interpreted() -> bool:
     return has_triton and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def triton_problem(device: torch.device) -> str | None:
+    """Why our kernels cannot run on this device, or None if they can."""
+    if not has_triton:
+        return "Triton is not installed"
+    if not runs_triton(device) and not is_interpreted():
+        return f"it needs a CUDA device, not {device.type}"
+    return None
+
+
 @functools.cache
 def has_cudnn_attention(device: torch.device) -> bool:
     """cuDNN's fused attention needs Ampere or newer."""

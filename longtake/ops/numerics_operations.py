@@ -16,11 +16,11 @@ from torch import Generator, Tensor
 
 from longtake.ops import kernels
 from longtake.ops.attention import (
-    attention_reference,
     backend_problem,
     self_attention,
-    triton_problem,
 )
+from longtake.ops.kernels import triton_problem
+from longtake.ops.plain_attention import attention_reference
 from longtake.ops.sincos import sincos
 
 Shape = dict[str, int]

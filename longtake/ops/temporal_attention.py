@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from longtake.ops import kernels
-from longtake.ops.attention import self_attention_by, triton_problem
+from longtake.ops.attention import self_attention_by
+from longtake.ops.kernels import triton_problem
 from longtake.ops.temporal_attention_kernel import (
     MAX_FRAMES,
     MAX_HEAD_SIZE,

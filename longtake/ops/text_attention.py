@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from longtake.ops import kernels
-from longtake.ops.attention import attention_sdpa, triton_problem
+from longtake.ops.kernels import triton_problem
+from longtake.ops.plain_attention import attention_sdpa
 from longtake.ops.text_attention_kernel import MAX_HEAD_SIZE, launch_backward, launch_forward
 
 

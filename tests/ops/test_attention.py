@@ -1,13 +1,9 @@
 import pytest
 import torch
 
-from longtake.ops.attention import (
-    attention_reference,
-    attention_sdpa,
-    self_attention,
-    self_attention_by,
-)
+from longtake.ops.attention import self_attention, self_attention_by
 from longtake.ops.kernels import PLAIN, KernelConfig, attention_backend, kernels_as
+from longtake.ops.plain_attention import attention_reference, attention_sdpa
 from longtake.ops.temporal_attention import temporal_attention
 
 torch.set_num_threads(1)

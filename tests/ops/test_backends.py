@@ -14,9 +14,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longtake.ops import cudnn_attention, fa4_attention, kernels
-from longtake.ops.attention import attention_reference, backend_problem, self_attention
+from longtake.ops.attention import backend_problem, self_attention
 from longtake.ops.fa4_attention import RIGHT_HEAD_SIZES, padded_head_size
 from longtake.ops.kernels import KernelConfig, kernels_as
+from longtake.ops.plain_attention import attention_reference
 
 torch.set_num_threads(1)
 

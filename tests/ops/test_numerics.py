@@ -52,7 +52,7 @@ def test_every_implementation_agrees_with_plain_torch(operation):
 def test_every_fused_operation_is_checked():
     """A file of ops with a reference is one with something to compare it with."""
     has_no_kernel = {
-        "attention",  # what self-attention and temporal attention fall back on
+        "attention",  # what self-attention and temporal attention fall back on, in plain_attention
         "rms_norm",
         "rotary",
         "sincos",
