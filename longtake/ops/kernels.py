@@ -99,6 +99,11 @@ def elementwise(x: torch.Tensor) -> Elementwise:
 # A compiled graph takes the answer for a constant: what leads to it cannot be traced.
 @torch.compiler.assume_constant_result
 def _elementwise(device: torch.device) -> Elementwise:
+    if _config.elementwise == "triton" and (problem := triton_problem(device)):
+        raise ValueError(
+            f'element-wise operations by "triton" cannot run here: {problem}; set '
+            f'kernels.elementwise to "auto" or "reference"'
+        )
     if _config.elementwise != "auto":
         return _config.elementwise
     is_fast = runs_triton(device) and ("elementwise", "triton") not in _ruled_out

@@ -139,3 +139,10 @@ def test_anything_but_one_row_per_sample_is_refused(shape: tuple[int, ...]):
     inputs["shift"] = torch.zeros(shape, device=DEVICE)
     with kernels_as(FUSED), pytest.raises(ValueError, match=r"one row per sample, \(2, 1, 24\)"):
         modulated_linear(*inputs.values())
+
+
+def test_kernels_that_cannot_run_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr("longtake.ops.kernels.has_triton", False)
+    inputs = _inputs("carried_linear", torch.float32, (T * S,))
+    with kernels_as(FUSED), pytest.raises(ValueError, match=r"Triton is not installed.*reference"):
+        carried_linear(*inputs.values())
