@@ -83,7 +83,8 @@ class TextTable(Sequence[str]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         begin = self._ends[index - 1] if index else 0
-        return bytes(self._bytes[begin : self._ends[index]]).decode()
+        # Given columns may hold anything.
+        return bytes(self._bytes[begin : self._ends[index]]).decode(errors="replace")
 
 
 @dataclass(frozen=True)

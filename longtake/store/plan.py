@@ -7,7 +7,6 @@ a run that was interrupted cuts the rest as the first one would have, and ends w
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,7 +20,8 @@ from longtake.store.keys import KEY_BYTES, NO_KEY, clip_keys, list_digest, text_
 from longtake.store.recipe import Recipe
 from longtake.store.shards import KEY_DTYPE, Kind
 
-log = logging.getLogger(__name__)
+# Per shard: a header of some megabytes, however small the entries are.
+_MAX_ENTRIES = 20_000
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,18 @@ def missing_work(
     shard_bytes: int,
     retry_failed: bool = False,
 ) -> list[WorkList]:
-    """What the store lacks, in lists of about `shard_bytes`; captions first.
+    """What the store lacks, in lists of `shard_bytes` at most (or one sample); captions first.
 
     Clips that failed before count as done, unless they are to be tried again.
     """
     tried = np.array([] if retry_failed else list(catalog.failures), KEY_DTYPE)
     work = []
     if recipe.text is not None:
-        captions = max(1, shard_bytes // _largest("text", 0, recipe))
+        captions = min(_MAX_ENTRIES, max(1, shard_bytes // _largest("text", 0, recipe)))
         work += _cut("text", 0, content.text[:, None], catalog, tried, captions)
     for bucket, keys in enumerate(content.clips):
-        samples = max(1, shard_bytes // (_largest("clips", bucket, recipe) * recipe.num_variants))
+        clips = min(_MAX_ENTRIES, shard_bytes // _largest("clips", bucket, recipe))
+        samples = max(1, clips // recipe.num_variants)
         work += _cut("clips", bucket, keys, catalog, tried, samples)
     return work
 

@@ -12,6 +12,7 @@ from longtake.data import Bucket, DataConfig, MediaError, read_manifest
 from longtake.encoders import TextEncoderConfig, VideoEncoderConfig
 from longtake.encoders.dct import DctEncoder
 from longtake.encoders.hashed_words import HashedWordsEncoder
+from longtake.store import plan
 from longtake.store.assemble import failed_samples, make_index
 from longtake.store.catalog import read_catalog
 from longtake.store.forms import pack
@@ -83,6 +84,16 @@ def test_an_empty_store_lacks_everything_in_lists_of_one_size(tmp_path, recipe):
     ]
     assert sum(item.num_items for item in work) == COUNT + 2 * COUNT * 2
     assert len({item.name for item in work}) == len(work)
+
+
+def test_small_entries_do_not_make_huge_headers(tmp_path, recipe, monkeypatch):
+    monkeypatch.setattr(plan, "_MAX_ENTRIES", 4)
+    _, content = _content(tmp_path, recipe)
+    work = missing_work(content, recipe, read_catalog(tmp_path), shard_bytes=2**30)
+    assert [(item.kind, len(item.sample_ids)) for item in work] == [
+        *[("text", count) for count in (4, 4, 2)],
+        *[("clips", 2)] * 10,  # two sides of each
+    ]
 
 
 @pytest.mark.parametrize("done", [(1,), (2, 4), (0, 3, 5), (4,)], ids=str)
