@@ -16,14 +16,15 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
     it.
 
     The model is best still on the meta device; then come `materialize` and the weights. The order
-    matters: recomputation lies inside the compiled graph, and the gathering of weights outside of
-    it.
+    matters: recomputation calls the compiled graph, and weights are gathered outside of both.
     """
     blocks = model.blocks
     assert isinstance(blocks, nn.ModuleList), "a model's blocks are its units of sharding"
-    checkpoint_blocks(blocks, config.checkpointing)
     if is_compiled(config, mesh.device):
         compile_blocks(blocks)
+    # Around the graph: within it, PyTorch 2.11 keeps whatever the operations with a backward of
+    # their own save, which is nearly everything.
+    checkpoint_blocks(blocks, config.checkpointing)
     shard_blocks(
         model,
         blocks,
