@@ -73,7 +73,7 @@ def squared_norm(tensors: Tensors, table: TensorTable | None = None) -> Tensor:
     The tensors have one dtype and are contiguous. Always added in the same order. `table` spares
     the host work where it is called step after step.
     """
-    _check(tensors, dtype=tensors[0].dtype)
+    _check(tensors, dtype=tensors[0].dtype, device=tensors[0].device)
     table = table or TensorTable()
     table.write(tensors)
     device = tensors[0].device
@@ -129,7 +129,8 @@ def adamw_ema(
     lists = (params, gradients, exp_avgs, exp_avg_sqs, averages, steps)
     for tensors in lists:
         assert len(tensors) == len(params)
-        _check(tensors, dtype=gradients[0].dtype if tensors is gradients else torch.float32)
+        dtype = gradients[0].dtype if tensors is gradients else torch.float32
+        _check(tensors, dtype=dtype, device=params[0].device)
     for tensors in lists[:-1]:
         sizes_match = all(t.shape == p.shape for t, p in zip(tensors, params, strict=True))
         assert sizes_match, "moments, averages and gradients have the shapes of their parameters"
@@ -177,9 +178,11 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -math.inf
 
 
-def _check(tensors: Tensors, *, dtype: torch.dtype) -> None:
+def _check(tensors: Tensors, *, dtype: torch.dtype, device: torch.device) -> None:
     for tensor in tensors:
         assert tensor.dtype == dtype, f"{tensor.dtype} in a list of {dtype}"
+        # The kernels only see an address: of another device's memory, it would kill the process.
+        assert tensor.device == device, f"a tensor on {tensor.device} in a list for {device}"
         assert tensor.is_contiguous(), f"strides {tensor.stride()} in a list for one launch"
 
 

@@ -261,16 +261,17 @@ def test_chunks_cover_every_element_once():
     assert covered == sizes
 
 
-@pytest.mark.parametrize("wrong", ["dtype", "strides", "shape"])
+@pytest.mark.parametrize("wrong", ["dtype", "strides", "shape", "device"])
 def test_what_the_kernel_cannot_read_is_refused(wrong: str):
     weights = Weights((6, 6))
     bad = {
         "dtype": torch.zeros(6, dtype=torch.bfloat16, device=DEVICE),
         "strides": torch.zeros(12, device=DEVICE)[::2],
         "shape": torch.zeros(7, device=DEVICE),
+        "device": torch.zeros(6, device="meta"),
     }[wrong]
     weights.exp_avgs[1] = bad
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=None if wrong != "device" else "a tensor on meta"):
         weights.update(gradients_of(0, (6, 6)))
 
 
