@@ -100,10 +100,11 @@ class _GatedMlp(torch.autograd.Function):
             dh_BND, x_BND, mean_BN, rstd_BN, shift_BD, scale_BD, dout_BND, True
         )
         dweight1_FD = dpre_MF.t() @ h_BND.flatten(0, 1)
-        rows = (dshift_BD, dscale_BD, dgate_BD)
         return (
             dx_BND,
-            *(row.to(gate_BD.dtype) for row in rows),
+            dshift_BD.to(shift_BD.dtype),
+            dscale_BD.to(scale_BD.dtype),
+            dgate_BD.to(gate_BD.dtype),
             dweight1_FD,
             dbias1_F.to(dtype),
             dweight2_DF,
