@@ -88,8 +88,10 @@ def _prompt_condition(prompt: PromptEmbeds) -> dict[str, Tensor]:
 
 def size_condition(count: int, height: int, width: int, device: torch.device) -> dict[str, Tensor]:
     """The keyword arguments of a model with micro-conditioning: pixels and height over width."""
-    size = torch.tensor([[height, width]], dtype=torch.float32, device=device)
+    # Filled on the device: a tensor made from a list would be copied there while the host waits.
+    height_B = torch.full((count,), height, dtype=torch.float32, device=device)
+    width_B = torch.full((count,), width, dtype=torch.float32, device=device)
     return {
-        "image_size_B2": size.expand(count, 2),
-        "aspect_ratio_B": (size[:, 0] / size[:, 1]).expand(count),
+        "image_size_B2": torch.stack((height_B, width_B), dim=1),
+        "aspect_ratio_B": height_B / width_B,
     }
