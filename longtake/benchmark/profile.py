@@ -18,6 +18,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from longtake.benchmark.graphs import Graphs, count_graphs, describe_graphs
+from longtake.benchmark.inputs import latent_shape
 from longtake.benchmark.measure import Say, StepOptions, is_out_of_memory
 from longtake.benchmark.protocol import time_steps
 from longtake.benchmark.records import FORMAT, Protocol
@@ -25,7 +26,7 @@ from longtake.benchmark.render import number, wide
 from longtake.benchmark.search import DoesNotFit
 from longtake.benchmark.subject import Subject
 from longtake.benchmark.trace import PARTS, STEP, Split, split_step
-from longtake.config import RunConfig
+from longtake.config import RunConfig, verify_kernels
 from longtake.ops.kernels import kernels_as
 from longtake.parallel import Mesh
 
@@ -81,6 +82,11 @@ def _profile_buckets(
     config: RunConfig, mesh: Mesh, options: StepOptions, steps: int, trace: Path | None, say: Say
 ) -> Profile:
     buckets = config.data.buckets
+    if mesh.device.type == "cuda":
+        # As training does: else other kernels would be profiled than those that it takes.
+        shapes = [latent_shape(config, bucket)[1:] for bucket in buckets]
+        for reason in verify_kernels(config, shapes, mesh.device):
+            say(f"not used, its check failed: {reason}")
     subject = Subject(config, mesh, encoders=options.encoders, seed=options.protocol.seed)
     workloads = [
         subject.workload(
