@@ -136,7 +136,9 @@ class _Bench:
         return Trial(micro_batch=micro_batch, samples_per_second=rate, peak_gib=timed.allocated_gib)
 
     def _may_fit(self, micro_batch: int, trials: list[Trial]) -> bool:
-        if self.mesh.device.type != "cuda":
+        # Before a trial has fitted there is nothing to go by, and not even the model may fit.
+        is_known = any(trial.peak_gib is not None for trial in trials)
+        if self.mesh.device.type != "cuda" or not is_known:
             return True
         free, _ = torch.cuda.mem_get_info(self.mesh.device)
         limit_gib = (free + torch.cuda.memory_reserved(self.mesh.device)) / _GIB
