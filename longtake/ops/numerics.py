@@ -169,7 +169,10 @@ def _verify_elementwise(
 
 
 def run_check(check: Check, device: torch.device) -> Result:
-    """Compares output and gradients. What raises is a failure with its message."""
+    """Compares output and gradients. What raises is a failure with its message.
+
+    Raises: RuntimeError if it left a device on which nothing runs any more.
+    """
     start = time.perf_counter()
     try:
         error, allowed, detail = _worst(check, device)
@@ -177,6 +180,13 @@ def run_check(check: Check, device: torch.device) -> Result:
         lines = str(raised).strip().splitlines()
         detail = f"{type(raised).__name__}: {lines[0] if lines else 'no message'}"
         error, allowed = float("nan"), 0.0
+        if not _still_runs(device):
+            # Everything after it would fail, too, and be blamed for it.
+            raise RuntimeError(
+                f"{check.operation} by {check.implementation} in {check.dtype_name} at "
+                f"{check.shape_name} broke the device for this process ({detail}): choose another "
+                f"with --kernels.{OPERATIONS[check.operation].setting.replace('_', '-')}"
+            ) from raised
     return Result(
         check=check,
         passed=error <= allowed,  # and not if it is NaN
@@ -185,6 +195,14 @@ def run_check(check: Check, device: torch.device) -> Result:
         detail=detail,
         seconds=time.perf_counter() - start,
     )
+
+
+def _still_runs(device: torch.device) -> bool:
+    """Whether the device computes; after an illegal access it does not, until the process ends."""
+    try:
+        return bool(torch.ones((), device=device) == 1)
+    except RuntimeError:
+        return False
 
 
 def _worst(check: Check, device: torch.device) -> tuple[float, float, str]:

@@ -248,6 +248,14 @@ def test_wrong_element_wise_kernels_give_way_to_plain_torch(triton_on_the_cpu, m
     assert kernels.elementwise(torch.zeros(1)) == "reference"
 
 
+def test_a_kernel_that_breaks_the_device_is_named_and_nothing_else_blamed(monkeypatch):
+    monkeypatch.setitem(attention._BACKENDS, "sdpa", broken)
+    monkeypatch.setattr(numerics, "_still_runs", lambda device: False)
+    with pytest.raises(RuntimeError, match=r"self_attention by sdpa .* --kernels.self-attention"):
+        verify_chosen(CPU, torch.float32, attentions=[SELF])
+    assert kernels.ruled_out() == {}
+
+
 def test_what_is_insisted_on_stays_after_a_failure(monkeypatch):
     monkeypatch.setitem(attention._BACKENDS, "sdpa", broken)
     with kernels_as(KernelConfig(self_attention="sdpa")):
