@@ -1,8 +1,9 @@
 """A linear layer at the head of a branch that reads the residual stream itself.
 
 The stream goes through the operation: `x, y = carried_linear(x, ...)`. Its gradient then arrives
-in the same backward as the branch's, and their sum is the accumulation of a matrix product instead
-of one more pass over all tokens.
+in the same backward as the branch's, and the product adds to it with one rounding. (PyTorch copies
+an addend before it accumulates, so this saves no pass yet; adding in place would, but the gradient
+that arrives may be somebody else's.)
 
 Letters: B batch, N tokens, D hidden size, O outputs.
 """
