@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from longtake.config import RunConfig, load_yaml, with_encoder_weights
+from longtake.config import RunConfig, load_yaml, verify_kernels, with_encoder_weights
 from longtake.diffusion import SamplerConfig, build_objective
 from longtake.encoders import build_text_encoder, build_video_encoder
 from longtake.models import build_model_from_config
+from longtake.ops.kernels import use_kernels
 from longtake.pipeline import Request, generate, write_clips
 from longtake.training import find_checkpoint, load_weights_for_inference
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +90,13 @@ def sample(command: SampleCommand) -> list[Path]:
         model = build_model_from_config(config.model)
     model.to_empty(device=device)
     extra = load_weights_for_inference(checkpoint, model, ema=command.weights == "ema")
-    if device.type == "cuda" and config.parallel.param_dtype != "fp32":
-        model.to(torch.bfloat16)
+    if device.type == "cuda":
+        if config.parallel.param_dtype != "fp32":
+            model.to(torch.bfloat16)
+        use_kernels(config.kernels)
+        _, *latents = video_encoder.latent_shape(request.num_frames, request.height, request.width)
+        for failure in verify_kernels(config, [(latents[0], latents[1], latents[2])], device):
+            log.warning("a kernel failed its check on this device: %s", failure)
     model.eval()
 
     videos = generate(
