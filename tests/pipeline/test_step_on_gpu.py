@@ -110,9 +110,7 @@ def test_step_never_waits_for_the_device(objective_name: str, vae_folder: str):
             )
             loss = training_loss(model, objective, inputs, condition_dropout=0.1).mean()
             loss.backward()
-            _, applied = update_weights(
-                model, optimizer, ema, clip_norm=1.0, lr=1e-3, step=number
-            )
+            _, applied = update_weights(model, optimizer, ema, clip_norm=1.0, lr=1e-3, step=number)
             skipped.add(applied)
             return loss.detach()
 
