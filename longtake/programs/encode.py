@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -172,27 +172,29 @@ def encode(command: EncodeCommand) -> int:
 
         shards_folder(store).mkdir(parents=True, exist_ok=True)
         tally = Tally(total=sum(item.num_items for item in work))
-        progress = _Progress(console, tally)
-        for kind in ("text", "clips"):
-            board = Board(
+        boards = {
+            kind: Board(
                 store,
                 [item for item in work if item.kind == kind],
                 tally,
                 share=rank,
                 shares=world_size,
             )
-            if kind == "text" and text_encoder is not None:
-                encode_captions(board, manifest=manifest, recipe=recipe, encoder=text_encoder)
-            if kind == "clips":
-                encode_clips(
-                    board,
-                    manifest=manifest,
-                    recipe=recipe,
-                    config=config.data,
-                    encoder=video_encoder,
-                    device=device,
+            for kind in ("text", "clips")
+        }
+        with _Progress(console, tally):
+            if text_encoder is not None:
+                encode_captions(
+                    boards["text"], manifest=manifest, recipe=recipe, encoder=text_encoder
                 )
-        progress.finish()
+            encode_clips(
+                boards["clips"],
+                manifest=manifest,
+                recipe=recipe,
+                config=config.data,
+                encoder=video_encoder,
+                device=device,
+            )
 
         # All lists are done when a process comes here, whoever did them: one index is enough.
         if rank == 0:
@@ -217,9 +219,8 @@ def _verify(command: EncodeCommand, rank: int, world_size: int) -> list[Damage]:
     found = find_damage(store, share=rank, shares=world_size)
     if not command.dry_run:
         set_aside(store, [d.file.removeprefix("shards/") for d in found if d.is_shard])
-    return [
-        Damage(**damage) for part in gather_json([d.__dict__ for d in found]) for damage in part
-    ]
+    everywhere = gather_json([asdict(damage) for damage in found])
+    return [Damage(**damage) for part in everywhere for damage in part]
 
 
 def _file_keys(
@@ -282,9 +283,17 @@ class _Progress:
         self.console, self.tally = console, tally
         self.started = self.shown = time.monotonic()
         self.status = console.status("") if console.is_terminal and not console.quiet else None
+
+    def __enter__(self) -> None:
         if self.status:
             self.status.start()
-        tally.on_change = self.show
+        self.tally.on_change = self.show
+
+    def __exit__(self, *exception: object) -> None:
+        if self.status:
+            self.status.stop()
+        if self.tally.total:
+            self.console.print(self.text())
 
     def show(self, tally: Tally) -> None:
         now = time.monotonic()
@@ -309,12 +318,6 @@ class _Progress:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in tally.reasons.most_common())
             parts.append(f"failed: {reasons}")
         return " · ".join(parts)
-
-    def finish(self) -> None:
-        if self.status:
-            self.status.stop()
-        if self.tally.total:
-            self.console.print(self.text())
 
 
 def _size(num_bytes: int) -> str:

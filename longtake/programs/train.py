@@ -1,8 +1,8 @@
 """Train: from configuration to trained model. `train` reads top to bottom and holds the only loop.
 
-config → mesh → data → encoders → model on meta → parallelize → init or load → optimizer, EMA →
-resume → loop: batch → encode → noise → predict → loss → backward → clip → step → EMA → log →
-validate → checkpoint → sample
+config → mesh → data → encoders or latent store → model on meta → parallelize → init or load →
+optimizer, EMA → resume → loop: batch → encode → noise → predict → loss → backward → clip → step →
+EMA → log → validate → checkpoint → sample
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ class Tally:
     done: int = 0
     """Of those, by this process; with the failed ones."""
     elsewhere: int = 0
-    """By other processes, as far as noticed."""
+    """By other processes, as far as noticed: whenever this one writes a shard."""
     bytes_written: int = 0
+    """By all."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Why clips failed -> how many, in this process."""
     on_change: Callable[[Tally], None] = lambda tally: None
@@ -50,17 +52,29 @@ class Board:
     def offer(self) -> Iterator[WorkList]:
         """Every open list that no other process holds, once around; the taker finishes it."""
         for name, item in list(self.open.items()):
+            if name not in self.open:
+                continue
             claim = take_claim(self.store, name)
             if claim is None:
                 continue
-            del self.open[name]
-            if any(shard.startswith(f"{name}-") for shard in shard_names(self.store)):
-                self.tally.elsewhere += item.num_items
-                self.tally.on_change(self.tally)
+            self._notice_others()
+            if name not in self.open:
                 claim.release()
                 continue
+            del self.open[name]
             self._held[name] = claim
             yield item
+
+    def _notice_others(self) -> None:
+        """Strikes off what other processes have done."""
+        for shard in shard_names(self.store):
+            item = self.open.pop(shard.rpartition("-")[0], None)
+            if item is not None:
+                self.tally.elsewhere += item.num_items
+                with suppress(FileNotFoundError):  # set aside this moment, being damaged
+                    size = (shards_folder(self.store) / shard).stat().st_size
+                    self.tally.bytes_written += size
+        self.tally.on_change(self.tally)
 
     def finish(
         self,
@@ -73,7 +87,7 @@ class Board:
         path = write_shard(self.store, item.kind, item.name, records, failures, notes)
         self._held.pop(_name(item)).release()
         self.tally.bytes_written += path.stat().st_size
-        self.tally.on_change(self.tally)
+        self._notice_others()
 
     def count(self, num_items: int, failures: Sequence[Failure] = ()) -> None:
         """Notes items that were encoded, or failed, and wait to be written."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from longtake import cli
 from longtake.config import RunConfig
@@ -41,15 +42,20 @@ def encode_here(config: RunConfig, store: Path, *arguments: object) -> int:
 
 
 def encode_slowly(path: Path, store: Path, arguments: list[str], seconds: float) -> int:
-    """`longtake encode` whose video encoder takes its time; for a process of its own."""
-    encode = DctEncoder.encode
+    """`longtake encode` whose video encoder takes its time, for a process of its own; how many
+    clips it has encoded."""
+    encode, count = DctEncoder.encode, 0
 
-    def wait(self: DctEncoder, *given: Any) -> Any:
+    def wait(self: DctEncoder, pixels_BCTHW: Tensor) -> Any:
+        nonlocal count
         time.sleep(seconds)
-        return encode(self, *given)
+        count += len(pixels_BCTHW)
+        return encode(self, pixels_BCTHW)
 
     DctEncoder.encode = wait  # type: ignore[method-assign]
-    return cli.main(["encode", "--config", str(path), "--output", str(store), *arguments])
+    status = cli.main(["encode", "--config", str(path), "--output", str(store), *arguments])
+    assert status == 0
+    return count
 
 
 def encode_and_crash(path: Path, store: Path, arguments: list[str], crash_at: int) -> None:
