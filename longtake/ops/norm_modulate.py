@@ -1,5 +1,6 @@
 # What triton.jit makes of a kernel is no function to a type checker.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false
 """Layer normalization followed by the shift and scale of adaptive conditioning.
 
 Letters: B batch, N tokens, D hidden size, P programs that share a sample.

@@ -9,6 +9,7 @@ Letters: B batch, T frames, S spatial patches, A heads, E size per head; 3 is q,
 rows of a tile.
 """
 
+# pyright: reportOperatorIssue=false
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # Inside of a kernel, the types that Python sees are not those that Triton compiles.
 
