@@ -68,7 +68,7 @@ def test_the_library_reads_what_encode_writes(undisturbed):
     shards = _shards(files)
     assert len(shards) == COUNT + 1
     assert set(files) - set(shards) == {"store.json", next(n for n in files if "index-" in n)}
-    captions = []
+    captions, clips = [], 0
     for name in shards:
         with safe_open(undisturbed[0] / name, framework="pt") as file:
             assert file.metadata()["format"] == "longtake latent store 1"
@@ -78,6 +78,8 @@ def test_the_library_reads_what_encode_writes(undisturbed):
                     captions.append(len(tensor))
                 else:
                     assert tensor.shape == (24, 4, 4, 4)
+                    clips += 1
+    assert clips == COUNT
     # Words, two more for the number, and the end.
     assert sorted(captions) == sorted(number % 5 + 3 for number in range(COUNT))
 

@@ -179,6 +179,20 @@ def test_samples_and_held_out_losses_come_as_ever(config, cached, store, manifes
     assert changed["mixed"] == pytest.approx(changed["live"], rel=1e-3)
 
 
+def test_held_out_clips_of_another_encoder_are_refused(config, cached, tmp_path):
+    other = replace(config, name="other", seed=1)  # other random weights
+    store = tmp_path / "held-out"
+    encoded = longtake("encode", "--config", save_config(other), "--output", store)
+    assert encoded.status == 0, encoded.err
+    refused = replace(
+        cached,
+        name="refused",
+        output=str(tmp_path / "runs"),
+        validation=ValidationConfig(manifest=str(store)),
+    )
+    assert "another video encoder than the latent store was encoded with" in _refused(refused)
+
+
 def test_labels_need_no_text(tmp_path, manifest):
     config = labelled(tiny_config(tmp_path, manifest))
     config = replace(config, sampling=replace(config.sampling, labels=()))
