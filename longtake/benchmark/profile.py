@@ -30,6 +30,9 @@ from longtake.config import RunConfig, verify_kernels
 from longtake.ops.kernels import kernels_as
 from longtake.parallel import Mesh
 
+# Kernels in the table; a report in JSON has more.
+_SHOWN = 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
@@ -153,7 +156,7 @@ def show_profile(found: Profile, console: Console) -> None:
     costliest = Table(title="Costliest kernels", title_justify="left")
     for heading in ("ms/step", "share", "launches", "kernel"):
         costliest.add_column(heading, justify="left" if heading == "kernel" else "right")
-    for kernel in split.costliest:
+    for kernel in split.costliest[:_SHOWN]:
         share = f"{100 * kernel.share:.1f} %"
         costliest.add_row(number(kernel.ms), share, f"{kernel.count:g}", escape(kernel.name[:120]))
     console.print(costliest)

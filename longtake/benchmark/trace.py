@@ -55,7 +55,7 @@ class Split:
     costliest: tuple[KernelCost, ...]
 
 
-def split_step(events: Sequence[Event], *, top: int = 10) -> Split:
+def split_step(events: Sequence[Event], *, top: int = 100) -> Split:
     """The mean of the marked steps but the first, which only brings the device up to pace.
 
     Times in the trace are in microseconds.

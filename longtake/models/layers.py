@@ -60,6 +60,9 @@ class SelfAttention(nn.Module):
     """Modulated and gated attention of tokens among themselves, in whatever layout the core reads:
     x_BND or x_BTSD."""
 
+    recompute = True
+    """Whether the backward computes normalized tokens again instead of keeping them."""
+
     def __init__(self, hidden_size: int, num_heads: int, core: nn.Module) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -71,7 +74,9 @@ class SelfAttention(nn.Module):
         self, x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, gate_B1D: Tensor
     ) -> Tensor:
         weights = self.qkv.weight, self.qkv.bias
-        x_BND, qkv = modulated_linear(x_BND, shift_B1D, scale_B1D, *weights)
+        x_BND, qkv = modulated_linear(
+            x_BND, shift_B1D, scale_B1D, *weights, recompute=self.recompute
+        )
         return self.add(x_BND, gate_B1D, self.attend(qkv))
 
     def attend(self, qkv: Tensor) -> Tensor:
@@ -156,6 +161,9 @@ class Mlp(nn.Module):
 class GatedMlp(Mlp):
     """The MLP as a branch: modulated before, gated after."""
 
+    recompute = True
+    """Whether the backward computes normalized tokens and activations again."""
+
     def __init__(self, hidden_size: int, inner_size: int) -> None:
         super().__init__(hidden_size, inner_size, hidden_size)
 
@@ -163,7 +171,8 @@ class GatedMlp(Mlp):
         self, x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, gate_B1D: Tensor
     ) -> Tensor:
         weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-        return gated_mlp(x_BND, shift_B1D, scale_B1D, gate_B1D, *weights)
+        rows = shift_B1D, scale_B1D, gate_B1D
+        return gated_mlp(x_BND, *rows, *weights, recompute=self.recompute)
 
 
 def adaptive_linear(hidden_size: int, num_rows: int) -> nn.Sequential:

@@ -41,10 +41,12 @@ class Tiles:
     done with: other programs have to fill the wait. With three, it has been loaded by then."""
 
 
-# Up to this many tokens, programs spend much of their time on first loads and last stores, so that
-# several should share a multiprocessor; the programs of longer sequences should rather be large and
-# read the others' rows less often. What decides how many fit are registers, 65,536 of them.
+# Measured with heads of 72 on an H100, at 256, 1024, 4096 and 16,384 tokens. Short sequences want
+# several small programs on a multiprocessor, since each spends much of its time on its first loads
+# and last stores; long ones want large programs, which read the others' rows less often. What
+# decides how many fit are registers, 65,536 of them.
 SHORT = 512
+MEDIUM = 2048
 
 
 def forward_tiles(num_tokens: int, head_size: int, dtype: torch.dtype) -> Tiles:
@@ -53,31 +55,35 @@ def forward_tiles(num_tokens: int, head_size: int, dtype: torch.dtype) -> Tiles:
         return Tiles(queries=32, keys=16, num_warps=8, num_stages=2)
     if num_tokens <= 64:
         return Tiles(queries=64, keys=64, num_warps=4, num_stages=2)
-    return Tiles(queries=128, keys=64, num_warps=8, num_stages=3)
+    return Tiles(queries=128, keys=64, num_warps=4 if head_size <= 80 else 8, num_stages=3)
 
 
 def query_gradient_tiles(num_tokens: int, head_size: int, dtype: torch.dtype) -> Tiles:
-    """Three programs of 64 queries share a multiprocessor, or one of 128 has it alone."""
+    """Three programs of 64 queries share a multiprocessor, or two of 128 with few keys at a time,
+    or one of 128 has it alone."""
     if dtype == torch.float32:
         return Tiles(queries=32, keys=16, num_warps=8, num_stages=2)
     if num_tokens <= SHORT:
         return Tiles(queries=64, keys=64, num_warps=4, num_stages=2)
     if head_size > 96:
         return Tiles(queries=128, keys=64, num_warps=8, num_stages=3)
+    if num_tokens <= MEDIUM:
+        return Tiles(queries=128, keys=32, num_warps=8, num_stages=3)
     return Tiles(queries=128, keys=128, num_warps=8, num_stages=3)
 
 
 def key_value_gradient_tiles(num_tokens: int, head_size: int, dtype: torch.dtype) -> Tiles:
-    """Here programs own keys, with two sums per row: two programs share a multiprocessor, or one of
-    twice the keys has it alone."""
+    """Here programs own keys, with two sums per row: small ones share a multiprocessor at any
+    length, while heads that fill its registers leave room for one of twice the keys."""
     if dtype == torch.float32:
         return Tiles(queries=16, keys=32, num_warps=8, num_stages=2)
     if head_size > 96:
         return Tiles(queries=32, keys=128, num_warps=8, num_stages=3)
     if num_tokens <= SHORT:
-        queries = 64 if head_size <= 80 else 32
-        return Tiles(queries=queries, keys=64, num_warps=4, num_stages=3)
-    return Tiles(queries=64, keys=128, num_warps=8, num_stages=3)
+        return Tiles(queries=32, keys=64, num_warps=4, num_stages=3)
+    if head_size > 80:
+        return Tiles(queries=64, keys=128, num_warps=8, num_stages=3)
+    return Tiles(queries=64, keys=64, num_warps=4, num_stages=3)
 
 
 def flash_attention_reference(qkv_BN3AE: Tensor) -> Tensor:

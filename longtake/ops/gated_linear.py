@@ -17,6 +17,7 @@ from longtake.ops.gated_residual import (
     gated_residual_reference,
 )
 from longtake.ops.row_per_sample import row_per_sample
+from longtake.ops.weight_gradient import weight_gradient
 
 
 def gated_linear_reference(
@@ -42,7 +43,7 @@ class _GatedLinear(torch.autograd.Function):
         dy_BND, dgate_BD, dbias_D = gated_residual_backward(dout_BND, gate_BD, y_BND)
         dy_MD = dy_BND.flatten(0, -2)
         dh_BNI = (dy_MD @ weight_DI).view_as(h_BNI)
-        dweight_DI = dy_MD.t() @ h_BNI.flatten(0, -2)
+        dweight_DI = weight_gradient(dy_MD, h_BNI.flatten(0, -2))
         return (
             dout_BND,
             dgate_BD.to(gate_BD.dtype),
@@ -65,7 +66,7 @@ class _AddedLinear(torch.autograd.Function):
         h_BNI, weight_DI = ctx.saved_tensors
         dout_MD = dout_BND.flatten(0, -2)
         dh_BNI = (dout_MD @ weight_DI).view_as(h_BNI)
-        dweight_DI = dout_MD.t() @ h_BNI.flatten(0, -2)
+        dweight_DI = weight_gradient(dout_MD, h_BNI.flatten(0, -2))
         return dout_BND, dh_BNI, dweight_DI, column_sum(dout_MD).to(weight_DI.dtype)
 
 

@@ -2,7 +2,7 @@
 
 It keeps its input, the first layer's output before the GELU and the second layer's output. What is
 between (normalized tokens, activations: five widths of the stream) is computed again in backward
-passes that read the same memory anyway.
+passes that read the same memory anyway, for the price of writing it; or it is kept, too.
 
 Letters: B batch, N tokens, D hidden size, F inner size, M = B N.
 """
@@ -26,6 +26,7 @@ from longtake.ops.norm_modulate import (
     norm_modulate_reference,
 )
 from longtake.ops.row_per_sample import row_per_sample
+from longtake.ops.weight_gradient import weight_gradient
 
 
 def gated_mlp_reference(
@@ -58,10 +59,12 @@ class _GatedMlp(torch.autograd.Function):
         weight2_DF: Tensor,
         bias2_D: Tensor,
         eps: float,
+        recompute: bool,
     ) -> Tensor:
         h_BND, mean_BN, rstd_BN = norm_modulate_forward(x_BND, shift_BD, scale_BD, eps)
         pre_MF = F.linear(h_BND.flatten(0, 1), weight1_FD, bias1_F)
-        y_BND = F.linear(gelu_forward(pre_MF), weight2_DF, bias2_D).view_as(x_BND)
+        act_MF = gelu_forward(pre_MF)
+        y_BND = F.linear(act_MF, weight2_DF, bias2_D).view_as(x_BND)
         ctx.save_for_backward(
             x_BND,
             mean_BN,
@@ -73,6 +76,8 @@ class _GatedMlp(torch.autograd.Function):
             y_BND,
             weight1_FD,
             weight2_DF,
+            None if recompute else h_BND,
+            None if recompute else act_MF,
         )
         return gated_residual_forward(x_BND, gate_BD, y_BND)
 
@@ -89,17 +94,20 @@ class _GatedMlp(torch.autograd.Function):
             y_BND,
             weight1_FD,
             weight2_DF,
+            h_BND,
+            act_MF,
         ) = ctx.saved_tensors
-        dtype = weight1_FD.dtype
+        dtype, recompute = weight1_FD.dtype, h_BND is None
         dy_BND, dgate_BD, dbias2_D = gated_residual_backward(dout_BND, gate_BD, y_BND)
         dy_MD = dy_BND.flatten(0, 1)
-        dpre_MF, act_MF, dbias1_F = gelu_backward(dy_MD @ weight2_DF, pre_MF, True)
-        dweight2_DF = dy_MD.t() @ act_MF
+        dpre_MF, again_MF, dbias1_F = gelu_backward(dy_MD @ weight2_DF, pre_MF, recompute)
+        dweight2_DF = weight_gradient(dy_MD, again_MF if recompute else act_MF)
         dh_BND = (dpre_MF @ weight1_FD).view_as(x_BND)
-        dx_BND, dshift_BD, dscale_BD, h_BND = norm_modulate_backward(
-            dh_BND, x_BND, mean_BN, rstd_BN, shift_BD, scale_BD, dout_BND, True
+        dx_BND, dshift_BD, dscale_BD, again_BND = norm_modulate_backward(
+            dh_BND, x_BND, mean_BN, rstd_BN, shift_BD, scale_BD, dout_BND, recompute
         )
-        dweight1_FD = dpre_MF.t() @ h_BND.flatten(0, 1)
+        h_BND = again_BND if recompute else h_BND
+        dweight1_FD = weight_gradient(dpre_MF, h_BND.flatten(0, 1))
         return (
             dx_BND,
             dshift_BD.to(shift_BD.dtype),
@@ -109,6 +117,7 @@ class _GatedMlp(torch.autograd.Function):
             dbias1_F.to(dtype),
             dweight2_DF,
             dbias2_D.to(dtype),
+            None,
             None,
         )
 
@@ -123,11 +132,14 @@ def gated_mlp(
     weight2_DF: Tensor,
     bias2_D: Tensor,
     eps: float = 1e-6,
+    *,
+    recompute: bool = True,
 ) -> Tensor:
     """x + gate * mlp(LayerNorm(x) * (1 + scale) + shift), with the shape and dtype of x.
 
     The GELU is the tanh-approximated one. Tokens may have any number of dimensions; there is one
-    row of shift, scale and gate per sample.
+    row of shift, scale and gate per sample. Without `recompute` normalized tokens and activations
+    are kept for the backward.
 
     Raises ValueError if there is not.
     """
@@ -136,4 +148,4 @@ def gated_mlp(
     if not picks_triton(x_BND):
         return gated_mlp_reference(x_BND, *rows, *weights, eps)
     rows = (row_per_sample(row, x_BND) for row in rows)
-    return _GatedMlp.apply(x_BND.flatten(1, -2), *rows, *weights, eps).view_as(x_BND)
+    return _GatedMlp.apply(x_BND.flatten(1, -2), *rows, *weights, eps, recompute).view_as(x_BND)

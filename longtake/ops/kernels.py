@@ -54,6 +54,10 @@ MAX_TEXT_TOKENS = 256
 MAX_HEAD_SIZE = 128
 # From this many keys on, FlashAttention-4's faster inner loop outweighs padding heads for it.
 MIN_FA4_KEYS = 2048
+# Heads that others pad to 128 and our flash attention takes as 64 and a tail of 16, and the most
+# keys up to which that outweighs computing the scores twice in the backward (docs/benchmarks).
+FLASH_HEAD_SIZES = range(65, 81)
+MAX_FLASH_KEYS = 2048
 
 _config = KernelConfig()
 _ruled_out: dict[tuple[str, str], str] = {}
@@ -133,6 +137,9 @@ def _candidates(
         if kind == "temporal_attention" and keys <= MAX_PACKED_FRAMES:
             yield "triton"
         if kind == "cross_attention" and keys <= MAX_TEXT_TOKENS:
+            yield "triton"
+        pays = head_size in FLASH_HEAD_SIZES and keys <= MAX_FLASH_KEYS
+        if kind == "self_attention" and is_half and pays:
             yield "triton"
     if kind != "cross_attention" and device.type == "cuda" and is_half:
         if keys >= MIN_FA4_KEYS and head_size <= MAX_HEAD_SIZE and has_fa4(device):

@@ -1,8 +1,9 @@
 """The head of a modulated branch: norm, shift, scale and the linear layer that reads the result.
 
-The normalized tokens exist only between two kernels. The backward computes them again in the pass
-that turns their gradient into the stream's: that costs one write, and saves keeping a tensor of all
-tokens per branch. As in `carried_linear`, the stream goes through the operation.
+The normalized tokens exist only between two kernels, unless they are to be kept: the backward
+computes them again in the pass that turns their gradient into the stream's. That costs one write,
+and saves keeping a tensor of all tokens per branch. As in `carried_linear`, the stream goes through
+the operation.
 
 Letters: B batch, N tokens, D hidden size, O outputs.
 """
@@ -21,6 +22,7 @@ from longtake.ops.norm_modulate import (
     norm_modulate_reference,
 )
 from longtake.ops.row_per_sample import row_per_sample
+from longtake.ops.weight_gradient import weight_gradient
 
 
 def modulated_linear_reference(
@@ -46,23 +48,26 @@ class _ModulatedLinear(torch.autograd.Function):
         weight_OD: Tensor,
         bias_O: Tensor,
         eps: float,
+        recompute: bool,
     ) -> tuple[Tensor, Tensor]:
         h_BND, mean_BN, rstd_BN = norm_modulate_forward(x_BND, shift_BD, scale_BD, eps)
-        ctx.save_for_backward(x_BND, mean_BN, rstd_BN, shift_BD, scale_BD, weight_OD)
+        kept_BND = None if recompute else h_BND
+        ctx.save_for_backward(x_BND, mean_BN, rstd_BN, shift_BD, scale_BD, weight_OD, kept_BND)
         return x_BND.view_as(x_BND), F.linear(h_BND, weight_OD, bias_O)
 
     @staticmethod
     def backward(ctx, carried_BND: Tensor, dy_BNO: Tensor):
-        x_BND, mean_BN, rstd_BN, shift_BD, scale_BD, weight_OD = ctx.saved_tensors
+        x_BND, mean_BN, rstd_BN, shift_BD, scale_BD, weight_OD, kept_BND = ctx.saved_tensors
         dy_MO = dy_BNO.flatten(0, -2)
         dh_BND = (dy_MO @ weight_OD).view_as(x_BND)
         dx_BND, dshift_BD, dscale_BD, h_BND = norm_modulate_backward(
-            dh_BND, x_BND, mean_BN, rstd_BN, shift_BD, scale_BD, carried_BND, True
+            dh_BND, x_BND, mean_BN, rstd_BN, shift_BD, scale_BD, carried_BND, kept_BND is None
         )
-        dweight_OD = dy_MO.t() @ h_BND.flatten(0, -2)
+        h_BND = h_BND if kept_BND is None else kept_BND
+        dweight_OD = weight_gradient(dy_MO, h_BND.flatten(0, -2))
         dbias_O = column_sum(dy_MO).to(weight_OD.dtype)
         dshift_BD, dscale_BD = dshift_BD.to(shift_BD.dtype), dscale_BD.to(scale_BD.dtype)
-        return dx_BND, dshift_BD, dscale_BD, dweight_OD, dbias_O, None
+        return dx_BND, dshift_BD, dscale_BD, dweight_OD, dbias_O, None, None
 
 
 def modulated_linear(
@@ -72,11 +77,13 @@ def modulated_linear(
     weight_OD: Tensor,
     bias_O: Tensor,
     eps: float = 1e-6,
+    *,
+    recompute: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(x, (LayerNorm(x) * (1 + scale) + shift) W^T + b); go on with the x returned.
 
     Tokens may have any number of dimensions (x_BTSD with shift_B11D); there is one row of shift and
-    scale per sample.
+    scale per sample. Without `recompute` the normalized tokens are kept for the backward.
 
     Raises ValueError if there is not.
     """
@@ -84,5 +91,7 @@ def modulated_linear(
         return modulated_linear_reference(x_BND, shift_B1D, scale_B1D, weight_OD, bias_O, eps)
     x_BMD = x_BND.flatten(1, -2)
     shift_BD, scale_BD = row_per_sample(shift_B1D, x_BND), row_per_sample(scale_B1D, x_BND)
-    x_BMD, y_BMO = _ModulatedLinear.apply(x_BMD, shift_BD, scale_BD, weight_OD, bias_O, eps)
+    x_BMD, y_BMO = _ModulatedLinear.apply(
+        x_BMD, shift_BD, scale_BD, weight_OD, bias_O, eps, recompute
+    )
     return x_BMD.view_as(x_BND), y_BMO.view(*x_BND.shape[:-1], -1)

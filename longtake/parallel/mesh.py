@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from longtake.parallel.activation_checkpointing import CheckpointingPolicy
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -39,8 +41,10 @@ class ParallelConfig:
     param_dtype: Literal["bf16", "fp32"] | None = None
     """What the forward and backward compute in (weights and moments stay fp32); None: bf16 on CUDA.
     """
-    checkpointing: Literal["none", "full"] = "none"
-    """Activation checkpointing: "full" keeps each block's input and recomputes the rest."""
+    checkpointing: CheckpointingPolicy = "selective"
+    """Activation checkpointing: "none" keeps all that the backward reads; "selective" computes
+    normalized tokens and activations again, for a quarter less memory and about 1 % of the time;
+    "full" keeps each block's input alone, for a third more compute."""
     reshard_after_forward: bool | None = None
     """Free a block's gathered weights after its forward: less memory, one more all-gather. None:
     if weights are sharded at all, for a lone process would only cast them twice."""

@@ -28,7 +28,7 @@ def test_measurement_says_what_ran(measured):
     assert measured.mfu is None  # a CPU has no published peak
     assert measured.kernels.keys() == {"spatial", "temporal", "text", "element-wise"}
     assert (measured.precision, measured.compiled, measured.checkpointing) == (
-        ("fp32", False, "none") if not torch.cuda.is_available() else ("bf16", True, "none")
+        ("bf16", True, "selective") if torch.cuda.is_available() else ("fp32", False, "selective")
     )
     assert measured.first_loss != measured.last_loss
 

@@ -27,7 +27,7 @@ def test_profile_of_a_real_step_of_two_buckets(mesh, tmp_path):
     assert all(split.parts_ms[part] > 0 for part in ("encode", "forward", "backward", "optimizer"))
     assert sum(split.parts_ms.values()) == pytest.approx(split.step_ms)
     assert 0 < split.step_ms < 60_000
-    assert len(split.costliest) == 10
+    assert len(split.costliest) > 10
     costs = [kernel.ms for kernel in split.costliest]
     assert costs == sorted(costs, reverse=True)
     assert any("mm" in kernel.name for kernel in split.costliest)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 from longtake.ops.carried_linear import carried_linear
@@ -16,27 +18,37 @@ FUSED = KernelConfig(elementwise="triton")
 B, T, S, D = 2, 3, 5, 24
 
 
+def _keeping_linear(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    return modulated_linear(*inputs, recompute=False)
+
+
+def _keeping_mlp(*inputs: Tensor) -> Tensor:
+    return gated_mlp(*inputs, recompute=False)
+
+
 def _ungated(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return gated_linear(x, None, y, weight, bias)
 
 
+_MODULATED = {"x": "x", "shift": "row", "scale": "row", "weight": (40, D), "bias": (40,)}
+_MLP = {"x": "x", "shift": "row", "scale": "row", "gate": "row"} | {
+    "weight1": (4 * D, D),  # wide, so that its gradient is taken as a transpose
+    "bias1": (4 * D,),
+    "weight2": (D, 4 * D),
+    "bias2": (D,),
+}
 # Operation, and its inputs by name with their shapes (row: one per sample).
 OPERATIONS = {
     "carried_linear": (carried_linear, {"x": "x", "weight": (40, D), "bias": (40,)}),
-    "modulated_linear": (
-        modulated_linear,
-        {"x": "x", "shift": "row", "scale": "row", "weight": (40, D), "bias": (40,)},
-    ),
+    "modulated_linear": (modulated_linear, _MODULATED),
+    "keeping_linear": (_keeping_linear, _MODULATED),
     "gated_linear": (
         gated_linear,
         {"x": "x", "gate": "row", "h": "inner", "weight": (D, 40), "bias": (D,)},
     ),
     "added_linear": (_ungated, {"x": "x", "h": "inner", "weight": (D, 40), "bias": (D,)}),
-    "gated_mlp": (
-        gated_mlp,
-        {"x": "x", "shift": "row", "scale": "row", "gate": "row"}
-        | {"weight1": (40, D), "bias1": (40,), "weight2": (D, 40), "bias2": (D,)},
-    ),
+    "gated_mlp": (gated_mlp, _MLP),
+    "keeping_mlp": (_keeping_mlp, _MLP),
 }
 
 
@@ -131,6 +143,35 @@ def test_stream_that_nobody_else_reads_has_a_gradient(name: str):
     last = outputs[-1] if isinstance(outputs, tuple) else outputs
     last.sum().backward()  # an expanded gradient, and none for the stream of the carrying ones
     assert all(x.grad is not None and x.grad.isfinite().all() for x in inputs.values())
+
+
+def test_compiled_product_adds_to_the_stream_in_place_unless_it_is_somebody_elses():
+    """The gradient that the caller gave is still what it was; that of the outer branch is not."""
+    inputs = tuple(_inputs("carried_linear", torch.float32, (T, S)).values())
+    changed = []
+
+    def twice(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        x, first = carried_linear(x, weight, bias)
+        x, second = carried_linear(x * 2, weight, bias)
+        return x, first + second
+
+    def count(graph: torch.fx.GraphModule, _):
+        changed.append(sum("add_product" in str(node.args) for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    with kernels_as(FUSED):
+        expected = twice(*inputs)
+        found = torch.compile(twice, fullgraph=True, backend=aot_autograd(fw_compiler=count))(
+            *inputs
+        )
+        incoming = [torch.randn_like(out) for out in expected]
+        given = [gradient.clone() for gradient in incoming]
+        right = torch.autograd.grad(expected, inputs, incoming)
+        gradients = torch.autograd.grad(found, inputs, incoming)
+    assert changed == [0, 2]
+    assert all(a.equal(b) for a, b in zip(incoming, given, strict=True))
+    for gradient, value in zip(gradients, right, strict=True):
+        torch.testing.assert_close(gradient, value)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, D), (1, B, D), (B, T * S, D), (B, D)], ids=str)

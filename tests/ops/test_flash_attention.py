@@ -64,13 +64,14 @@ def results(attend, qkv, dout):
     return dict(zip(("dq", "dk", "dv"), dqkv.unbind(2), strict=True)) | {"out": out.detach()}
 
 
-def assert_as_exact_as_torch(qkv, dout, attend=flash_attention):
-    """Errors against float64 are at most twice those of plain torch in the same dtype."""
+def assert_as_exact_as_torch(qkv, dout, attend=flash_attention, slack=0.0):
+    """Errors against float64 are at most twice those of plain torch in the same dtype, and slack
+    relative to the largest value."""
     exact = results(flash_attention_reference, qkv.double(), dout.double())
     plain = results(plain_attention, qkv, dout)
     ours = results(attend, qkv, dout)
     for name, value in exact.items():
-        allowed = 2 * (plain[name] - value).abs().max() + 1e-5 * value.abs().max() + 1e-6
+        allowed = 2 * (plain[name] - value).abs().max() + (1e-5 + slack) * value.abs().max() + 1e-6
         error = (ours[name] - value).abs().max()
         assert error <= allowed, f"{name}: {error:.2e} instead of {allowed:.2e}"
 
@@ -95,7 +96,8 @@ def test_scores_far_from_zero_neither_overflow_nor_vanish(sign):
     qkv, dout = draw_qkv(shape, torch.float32), draw_gradient(shape, torch.float32)
     qkv[:, :, 0] = qkv[:, :, 0].abs() * 20
     qkv[:, :, 1] = qkv[:, :, 1].abs() * sign * 20
-    assert_as_exact_as_torch(qkv, dout)
+    # The backward finds weights again from logarithms of about 3000, kept in float32.
+    assert_as_exact_as_torch(qkv, dout, slack=3000 * torch.finfo(torch.float32).eps)
 
 
 TILES = {

@@ -60,7 +60,10 @@ def _raw_inputs(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_kernel_is_as_exact_as_plain(shape: tuple[int, ...], dtype: torch.dtype):
-    assert_as_exact_as_plain(norm_modulate, _inputs(*shape, dtype=dtype))
+    # One value alone has no gradient: it is less its own mean, over the square root of eps. A GPU's
+    # fused multiply-add leaves the rounding of the product.
+    cancelled = 4 / 1e-6**0.5 if shape[-1] == 1 else 0.0
+    assert_as_exact_as_plain(norm_modulate, _inputs(*shape, dtype=dtype), cancelled=cancelled)
 
 
 def test_float32_rows_modulate_bfloat16_tokens():

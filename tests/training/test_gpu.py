@@ -63,14 +63,23 @@ def test_a_skipped_update_changes_no_bit():
 
 
 def _updates(kernels: KernelConfig, width: int):
-    """Five updates, the fourth poisoned, that must not wait once the kernels are compiled."""
+    """Five updates, the fourth poisoned, that must not wait once the kernels are compiled.
+
+    Gradients do not come of the weights: what rounding does to these would come back larger.
+    """
     run = build_run(width=width, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
     applied, kernel = [], adamw_ema_kernel.adamw_ema_kernel
     compiled = []
     with kernels_as(kernels):
         for step in range(5):
             loss = toy_loss(run.model, toy_batch(step).to("cuda"))
-            (loss * float("nan") if step == 3 else loss).backward()
+            loss.backward()
+            for param in run.model.parameters():
+                gradient = local_part(param.grad)
+                gradient.normal_(generator=generator)
+                if step == 3:
+                    gradient.fill_(float("nan"))
             torch.cuda.set_sync_debug_mode("error" if step else "default")
             _, flag = update_weights(
                 run.model, run.optimizer, run.ema, clip_norm=1.0, lr=1e-2 / (1 + step), step=step
