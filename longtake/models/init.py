@@ -7,8 +7,11 @@ drawing and the sharding do not matter.
 from __future__ import annotations
 
 import math
+import os
 import re
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +62,10 @@ _RULES: tuple[tuple[str, Rule], ...] = (
 )
 
 
+# Threads that draw; more would wait for memory.
+_MOST_WORKERS = 16
+
+
 def _copy(target: Tensor, full: Tensor) -> None:
     target.copy_(full)
 
@@ -72,9 +79,23 @@ def init_weights(
     `write(target, full)` stores the full float32 CPU tensor in a parameter or buffer of the model;
     the parallel layer passes one that keeps only this process's shard.
     """
-    for name, target in model.state_dict(keep_vars=True).items():
-        rule = next((rule for pattern, rule in _RULES if re.search(pattern, name)), None)
-        assert rule is not None, f"no initialization rule fits {name!r}: add one to _RULES"
-        generator = torch.Generator().manual_seed(named_seed(seed, name))
-        full = torch.empty(target.shape, dtype=torch.float32, device="cpu")
-        write(target, rule(full, generator))
+    drawn: deque[tuple[Tensor, Future[Tensor]]] = deque()
+    # An XL model takes eight seconds of one core. Few tensors wait for their turn, since all of
+    # them together may be more than the host's memory.
+    workers = min(os.cpu_count() or 1, _MOST_WORKERS)
+    with ThreadPoolExecutor(workers) as pool:
+        for name, target in model.state_dict(keep_vars=True).items():
+            rule = next((rule for pattern, rule in _RULES if re.search(pattern, name)), None)
+            assert rule is not None, f"no initialization rule fits {name!r}: add one to _RULES"
+            drawn.append((target, pool.submit(_draw, rule, target.shape, named_seed(seed, name))))
+            if len(drawn) > 2 * workers:
+                target, full = drawn.popleft()
+                write(target, full.result())
+        for target, full in drawn:
+            write(target, full.result())
+
+
+@torch.no_grad()
+def _draw(rule: Rule, shape: torch.Size, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return rule(torch.empty(shape, dtype=torch.float32, device="cpu"), generator)
