@@ -286,12 +286,24 @@ def _branches(shapes: Shapes) -> Iterator[Operation]:
 
 
 def _linears(shapes: Shapes) -> Iterator[Operation]:
-    """The three products of a linear layer, at the four shapes of a block."""
+    """The three products of a linear layer, at the four shapes of a block; in fp8 with its operands
+    cast and laid out beforehand, which is what a step in fp8 could gain at best."""
     D, M = shapes.hidden_size, shapes.tokens
+
+    def in_fp8(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+        a8 = a.to(torch.float8_e4m3fn).contiguous()
+        b8 = b.t().to(torch.float8_e4m3fn).contiguous().t()  # the only order that Hopper takes
+        one = torch.ones((), device=a.device)
+        return lambda: torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+            a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
 
     def product(kind: str, rows: int, columns: int) -> Operation:
         def prepare(draw: Draw, implementation: str) -> Prepared:
             x, weight, dy = draw(M, columns), draw(rows, columns), draw(M, rows)
+            if implementation == "fp8":
+                operands = {"forward": (x, weight.t()), "dgrad": (dy, weight), "wgrad": (dy.t(), x)}
+                return Prepared(forward=in_fp8(*operands[kind]))
             calls: dict[str, Callable[[], Tensor]] = {
                 "forward": lambda: F.linear(x, weight),
                 "dgrad": lambda: dy @ weight,
@@ -301,7 +313,7 @@ def _linears(shapes: Shapes) -> Iterator[Operation]:
 
         return Operation(
             key=f"linear {columns} to {rows}, {kind}",
-            implementations=("torch",),
+            implementations=("torch", "fp8"),
             prepare=prepare,
             flops=(2.0 * M * rows * columns, 0.0),
             moved=(_BYTES * float(M * (rows + columns) + rows * columns), 0.0),

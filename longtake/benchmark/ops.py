@@ -131,7 +131,7 @@ def _measure(
 
 def _problem(operation: Operation, implementation: str, device: torch.device) -> str | None:
     """Why it is not even tried."""
-    if device.type != "cuda" and implementation in ("triton", "compiled", "cudnn", "fa4"):
+    if device.type != "cuda" and implementation in ("triton", "compiled", "cudnn", "fa4", "fp8"):
         return "needs a GPU"
     if implementation == "reference" and device.type == "cuda":
         needed = operation.scores * _SCORE_BYTES

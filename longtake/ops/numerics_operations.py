@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -265,6 +266,11 @@ def _turned(qk_norm_rotary: Callable[..., Outputs]) -> Callable[..., Outputs]:
     return turned
 
 
+def _keeping(operation: Operation, name: str) -> Operation:
+    """The branch when it keeps what the backward would compute again: other kernels' variants."""
+    return replace(operation, run=partial(_named(name, name), recompute=False))
+
+
 def _added_linear(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
     return lambda x, h, weight, bias: function(x, None, h, weight, bias)
 
@@ -296,6 +302,9 @@ _ELEMENTWISE = {
         "gated_linear", _draw_for(x="BND", h="BNF", **_LAYER), adapt=_added_linear
     ),
     "gated_mlp": _elementwise("gated_mlp", _draw_for(x="BND", **_ROWS, gate="B1D", **_MLP)),
+}
+_ELEMENTWISE |= {
+    f"{name} kept": _keeping(_ELEMENTWISE[name], name) for name in ("modulated_linear", "gated_mlp")
 }
 
 
