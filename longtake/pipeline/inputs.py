@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from longtake.data import Batch, to_unit_range
+from longtake.data import Batch
 from longtake.encoders import PromptEmbeds, TextEncoder, VideoEncoder
 from longtake.randomness import SampleKeys, Stream, normal
 from longtake.store import EncodedBatch
@@ -55,7 +55,7 @@ def encode_batch(
     if isinstance(batch, EncodedBatch):
         stats = batch.stats
     else:
-        stats = video_encoder.encode(to_unit_range(batch.pixels_BCTHW))
+        stats = video_encoder.encode(batch.pixels_BCTHW)
     noise_BCTHW = None
     if stats.logvar_BCTHW is not None:
         noise_BCTHW = normal(keys, Stream.POSTERIOR, tuple(stats.mean_BCTHW.shape[1:]))
