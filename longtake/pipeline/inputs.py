@@ -45,9 +45,9 @@ def encode_batch(
 ) -> Inputs:
     """Encode pixels and captions; the posterior noise belongs to the sample, like every other draw.
 
-    Of a batch that was encoded before, only the draw and the scaling are left to do. Without a text
-    encoder the condition is the batch's labels. `with_sizes` adds what a model with
-    micro-conditioning wants.
+    Of a batch that was encoded before, only the draw and the scaling are left to do. Without text
+    the condition is the batch's labels. `with_sizes` adds what a model with micro-conditioning
+    wants.
     """
     captions = batch.captions
     batch = batch.to(device)
@@ -59,11 +59,12 @@ def encode_batch(
     noise_BCTHW = None
     if stats.logvar_BCTHW is not None:
         noise_BCTHW = normal(keys, Stream.POSTERIOR, tuple(stats.mean_BCTHW.shape[1:]))
-    if text_encoder is None:
-        condition = {"labels_B": batch.labels_B}
-    elif isinstance(batch, EncodedBatch):
+    if isinstance(batch, EncodedBatch) and batch.embeds_BLK is not None:
         condition = _prompt_condition(batch.prompt)
+    elif text_encoder is None:
+        condition = {"labels_B": batch.labels_B}
     else:
+        assert not isinstance(batch, EncodedBatch), "a store without text is read without encoder"
         condition = text_condition(text_encoder, captions)
     height, width = batch.pixel_size
     if with_sizes:
