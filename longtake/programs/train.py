@@ -65,6 +65,7 @@ from longtake.pipeline import (
     encoded_steps,
     encodes_ahead,
     generate,
+    text_placement,
     to_uint8,
     training_step,
     validation_loss,
@@ -161,7 +162,12 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         ema = Ema(model, config.ema)
         trainee = Trainee(model=model, objective=objective, optimizer=optimizer, ema=ema)
 
+        is_ahead = encodes_ahead(config.train.encode_ahead, device)
         record = run_record(config, mesh, model, manifest, video_encoder, text_encoder)
+        record["encoders"] |= {
+            "ahead": is_ahead,
+            "text_placement": text_placement(config.text_encoder, text_encoder, mesh),
+        }
         documents = {"config.yaml": dump_yaml(config), "run.json": json.dumps(record, indent=2)}
         checkpointer = Checkpointer(
             folder.checkpoints, config.checkpoint, mesh, documents=documents
@@ -210,7 +216,6 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
 
         meter = throughput_meter(config, mesh)
         steps_left = max(0, config.train.steps - step)
-        is_ahead = encodes_ahead(config.train.encode_ahead, device)
         for encoded in encoded_steps(
             loader, encode, num_steps=steps_left, device=device, ahead=is_ahead
         ):

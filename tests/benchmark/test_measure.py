@@ -10,10 +10,11 @@ from longtake.benchmark.records import StepReport
 from longtake.benchmark.render import show_step
 from longtake.benchmark.search import DoesNotFit
 from longtake.benchmark.subject import Subject
-from longtake.encoders import TextEncoderConfig, VideoEncoderConfig
 from longtake.ops.kernels import PLAIN, KernelConfig, current_kernels
 from longtake.planning import TokenGrid, forward_macs
-from tests.benchmark.conftest import QUICK, tiny_row
+from tests.benchmark.conftest import QUICK, real_encoders, tiny_row
+
+ON_LINE = tiny_row("stdit-16x256-on-line").config
 
 
 def test_measurement_says_what_ran(measured):
@@ -130,33 +131,10 @@ def test_encodings_as_from_a_store_are_drawn_and_scaled_in_the_step(mesh, key):
     assert not measured.parts_ms
 
 
-def _real(tmp_path, **train):
-    """Tiny encoders of the real classes, T5 and AutoencoderKL, with random weights."""
-    diffusers = pytest.importorskip("diffusers")
-    pytest.importorskip("transformers")
-    diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-    ).save_config(tmp_path)
-    config = tiny_row("stdit-16x256-on-line").config
-    text = TextEncoderConfig(kind="t5", path="tiny", weights="random", max_tokens=24)
-    video = VideoEncoderConfig(kind="diffusers", path=str(tmp_path), weights="random")
-    model = replace(config.model, in_channels=4, caption_channels=64)
-    return replace(
-        config,
-        model=model,
-        text_encoder=text,
-        video_encoder=video,
-        train=replace(config.train, **train),
-    )
-
-
 def test_encoding_ahead_is_timed_beside_its_parts(mesh, tmp_path):
     found = {}
     for ahead in (False, True):
-        config = _real(tmp_path, encode_ahead=ahead)
+        config = real_encoders(ON_LINE, tmp_path, encode_ahead=ahead)
         options = StepOptions(protocol=QUICK, encoders="on-line", micro_batch=2)
         found[ahead] = measure_step(config, mesh, options)
         assert found[ahead].encode_ahead is ahead
@@ -173,7 +151,7 @@ def test_encoding_ahead_is_timed_beside_its_parts(mesh, tmp_path):
 
 
 def test_cached_statistics_of_a_real_class_have_a_posterior(mesh, tmp_path):
-    subject = Subject(_real(tmp_path), mesh, encoders="cached", seed=0)
+    subject = Subject(real_encoders(ON_LINE, tmp_path), mesh, encoders="cached", seed=0)
     workload = subject.workload(0, 2)
     batch, inputs = workload.batches[0], next(workload.inputs)
     mean_BCTHW = 0.18215 * batch.mean_BCTHW.float()

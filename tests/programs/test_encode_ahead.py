@@ -1,5 +1,6 @@
 """A run that encodes ahead is the run that does not: its numbers, its files, its stops."""
 
+import json
 import signal
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 
 from longtake.config import TrainConfig, ValidationConfig
 from longtake.data import Bucket
+from longtake.encoders import TextEncoderConfig
 from longtake.training import CheckpointConfig
 from tests.programs.runs import (
     SIDE,
@@ -91,6 +93,28 @@ def test_processes_encode_ahead_together(tmp_path, manifest):
         folders.append(run_folder(config))
     assert_same_bits(*folders)
     assert numbers(folders[0]) == numbers(folders[1])
+
+
+def test_sharded_t5_trains_samples_and_validates_as_a_copy_in_each_process(tmp_path, manifest):
+    pytest.importorskip("transformers")
+    folders = []
+    for ahead, placement in ((False, "replicated"), (True, "sharded")):
+        (tmp_path / placement).mkdir()
+        config = _config(tmp_path / placement, manifest, ahead=ahead)
+        text = TextEncoderConfig(kind="t5", path="tiny", max_tokens=8, placement=placement)
+        model = replace(config.model, caption_channels=64, num_heads=2)
+        train = replace(config.train, accumulation=2, steps=3)
+        config = replace(config, text_encoder=text, model=model, train=train)
+        outcomes = longtake_in(
+            *(2, "train", "--config", save_config(config), "--encoder-weights", "random")
+        )
+        assert [outcome.status for outcome in outcomes] == [0, 0], outcomes[0].err
+        folders.append(run_folder(config))
+        encoders = json.loads((folders[-1] / "run.json").read_text())["encoders"]
+        assert (encoders["ahead"], encoders["text_placement"]) == (ahead, placement)
+    assert_same_bits(*folders)
+    assert numbers(folders[0]) == numbers(folders[1])
+    assert list((folders[1] / "samples").iterdir())
 
 
 def _fail_at_the_ninth_call():
