@@ -42,7 +42,7 @@ def build_encoders(
             shard_blocks(
                 text.model,
                 text.blocks,
-                mesh.fsdp_mesh,
+                mesh.with_own_groups().fsdp_mesh,
                 param_dtype=text.dtype,
                 reshard_after_forward=True,
             )
