@@ -10,6 +10,7 @@ dimension.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,8 @@ from longtake.encoders.protocol import (
 )
 from longtake.encoders.public_configs import AUTOENCODER_CONFIGS
 from longtake.randomness import named_seed
+
+log = logging.getLogger(__name__)
 
 # Pixels per call where nothing was measured: 16 frames of 512x512. The widest activations (128
 # channels at full resolution) then take 1 GiB in bf16.
@@ -213,7 +216,11 @@ class DiffusersVideoEncoder:
         size = "x".join(map(str, item.shape[-2:]))
         what = f"frame of {size}" if item.ndim == 4 else f"clip of {item.shape[2]}x{size}"
         count = count_that_fits(one=one, two=two, limit_gib=self._memory_gib, what=what)
-        return max(1, min(count, _MOST_PIXELS_PER_CALL // pixels))
+        count = max(1, min(count, _MOST_PIXELS_PER_CALL // pixels))
+        log.info(
+            "one %s takes %.2f GiB to encode: at most %d at once", what, (two - one) / 2**30, count
+        )
+        return count
 
     def _by_size(self, clip: tuple[int, int, int]) -> int:
         """Frames, or clips of a class of clips, by their frames, height and width in pixels."""

@@ -3,6 +3,8 @@ processes replicated or sharded. Both are done from outside, as to the transform
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from longtake.encoders import (
@@ -16,6 +18,8 @@ from longtake.encoders import (
 from longtake.encoders.diffusers_vae import DiffusersVideoEncoder
 from longtake.encoders.t5 import T5Encoder
 from longtake.parallel import Mesh, compile_blocks, shard_blocks
+
+log = logging.getLogger(__name__)
 
 # T5 is replicated if it takes no more than this share of a device's memory. A copy of T5-XXL in
 # bf16 is an eighth of 80 GB; gathering its blocks anew in every step moves as much over the links.
@@ -37,6 +41,11 @@ def build_encoders(
     if isinstance(text, T5Encoder):
         if text_config.compile or (text_config.compile is None and device.type == "cuda"):
             compile_blocks(text.blocks)
+        if text_config.placement == "sharded" and mesh.dp_shard == 1 and mesh.world_size > 1:
+            log.warning(
+                "text_encoder.placement=sharded has no effect with parallel.dp_shard=1: no two "
+                "processes share weights, so each holds the whole text encoder"
+            )
         # After compilation, as for the transformer: weights are gathered outside of the graphs.
         if text_placement(text_config, text, mesh) == "sharded":
             shard_blocks(

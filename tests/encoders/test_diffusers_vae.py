@@ -13,6 +13,7 @@ from torch import Tensor
 from longtake.encoders import VideoEncoder, VideoEncoderConfig, build_video_encoder
 from longtake.encoders.autoencoders import AUTOENCODERS
 from longtake.encoders.protocol import sample_posterior
+from longtake.parallel import compile_blocks
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -302,6 +303,31 @@ def test_vae_slices_hold_at_most_the_frames_asked_for(
     filled_up = encoder.encode(_pixels("AutoencoderKL", batch=3)[:, :, :1])
     assert calls == [2, 2], "the last slice is filled up"
     torch.testing.assert_close(filled_up.mean_BCTHW, odd.mean_BCTHW)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "shape"),
+    [("AutoencoderKL", (3, 32, 64)), ("AutoencoderKLWan", (3, 5, 32, 64))],
+)
+def test_vae_slices_follow_from_what_one_and_two_items_took(
+    class_name: str, shape: tuple[int, ...], load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a CPU there is no peak to read; on a GPU tests/encoders/test_memory.py has the real one.
+    sizes: list[int] = []
+
+    def peak(call: Callable[[], Tensor], device: torch.device) -> int:
+        sizes.append(len(call()))
+        return sizes[-1] * 300 * 2**20
+
+    monkeypatch.setattr("longtake.encoders.diffusers_vae.peak_bytes", peak)
+    encoder, graphs = load(class_name), []
+    if encoder.network is not None:
+        compile_blocks([encoder.network], backend=lambda graph, _: graphs.append(1) or graph)
+    item = torch.zeros(1, *shape, dtype=torch.uint8)
+    assert encoder._measure(item, item[0, 0].numel()) == 13, "of 4 GiB"
+    assert sizes == [1, 2]
+    assert not graphs, "measured eagerly: two shapes of no use are not compiled"
+    assert encoder._measure(item, 2**23) == 2, "kernels index no more"
 
 
 @pytest.mark.parametrize("class_name", TINY)
