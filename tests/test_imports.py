@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
         "parallel",
         "pipeline",
         "planning",
+        "store",
         "training",
     },
     "programs": {

@@ -10,13 +10,15 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from longtake.config import RunConfig, with_encoder_weights
 from longtake.data import Batch, Bucket
-from longtake.encoders import build_video_encoder
+from longtake.encoders import VideoEncoder, build_video_encoder
+from longtake.encoders.autoencoders import find_autoencoder
 from longtake.encoders.public_configs import AUTOENCODER_CONFIGS
 from longtake.models import Model
 from longtake.parallel import Mesh, compute_dtype
@@ -24,6 +26,9 @@ from longtake.pipeline import Inputs
 from longtake.pipeline.inputs import size_condition
 from longtake.planning import latent_size
 from longtake.randomness import SampleKeys, named_seed
+from longtake.store import EncodedBatch, make_recipe, stored_encoders
+
+_Samples = TypeVar("_Samples", Batch, EncodedBatch)
 
 # Steps take these in turn: other samples, so other timesteps and noise, on the same pixels.
 NUM_BATCHES = 4
@@ -113,12 +118,67 @@ def random_batches(
         weights_B=torch.ones(micro_batch),
         bucket=number,
     )
-    if mesh.device.type == "cuda":
-        batch = batch.pin_memory()
-    turns = [_keys(turn, micro_batch, mesh, seed).sample_ids_B for turn in range(NUM_BATCHES)]
-    if mesh.device.type == "cuda":
-        turns = [ids_B.pin_memory() for ids_B in turns]
-    return [replace(batch, sample_ids_B=ids_B) for ids_B in turns]
+    return _turns(batch, micro_batch, mesh, seed)
+
+
+def random_encoded_batches(
+    config: RunConfig,
+    model: Model,
+    bucket: Bucket,
+    number: int,
+    latents: tuple[int, int, int, int],
+    *,
+    micro_batch: int,
+    mesh: Mesh,
+    seed: int,
+) -> list[EncodedBatch]:
+    """Micro-batches as a latent store gives them: bf16 statistics and embeddings of full length.
+
+    They lie in pinned host memory: what a step does not contain is reading.
+    """
+    generator = torch.Generator()
+    generator.manual_seed(named_seed(seed, f"benchmark/encoded/{mesh.dp_rank}"))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    tokens, width = config.model.max_caption_tokens, config.model.caption_channels
+    has_text = model.condition == "text"
+    keys = _keys(0, micro_batch, mesh, seed)
+    batch = EncodedBatch(
+        mean_BCTHW=normal(micro_batch, *latents),
+        # A posterior as narrow as that of Stable Diffusion's autoencoder.
+        logvar_BCTHW=normal(micro_batch, *latents) - 10 if _has_posterior(config) else None,
+        embeds_BLK=normal(micro_batch, tokens, width) if has_text else None,
+        mask_BL=torch.ones(micro_batch, tokens, dtype=torch.bool) if has_text else None,
+        pixel_size=(bucket.height, bucket.width),
+        captions=[""] * micro_batch,
+        labels_B=torch.randint(config.model.num_classes, (micro_batch,), generator=generator),
+        epochs_B=keys.epochs_B,
+        sample_ids_B=keys.sample_ids_B,
+        weights_B=torch.ones(micro_batch),
+        bucket=number,
+    )
+    return _turns(batch, micro_batch, mesh, seed)
+
+
+def stored_video_encoder(config: RunConfig, device: torch.device) -> VideoEncoder:
+    """The video encoder of a run that reads a store: scale and shapes without the weights."""
+    video = with_encoder_weights(config, "random").video_encoder
+    recipe = make_recipe(
+        replace(config.data, crop="center"),
+        video_config=video,
+        video_encoder=build_video_encoder(video, "cpu"),
+        text_config=config.text_encoder,
+        text_encoder=None,
+    )
+    stored, _ = stored_encoders(recipe, video, config.text_encoder, device, config.seed)
+    return stored
+
+
+def _has_posterior(config: RunConfig) -> bool:
+    video = config.video_encoder
+    return video.kind == "diffusers" and find_autoencoder(video.class_name).output == "latent_dist"
 
 
 def with_buckets(config: RunConfig, texts: Sequence[str]) -> RunConfig:
@@ -137,6 +197,14 @@ def with_buckets(config: RunConfig, texts: Sequence[str]) -> RunConfig:
         )
         buckets.append(bucket)
     return replace(config, data=replace(config.data, buckets=tuple(buckets)))
+
+
+def _turns(batch: _Samples, micro_batch: int, mesh: Mesh, seed: int) -> list[_Samples]:
+    """The batch under other sample ids in each turn, in pinned memory on CUDA."""
+    is_pinned = mesh.device.type == "cuda"
+    batch = batch.pin_memory() if is_pinned else batch
+    turns = [_keys(turn, micro_batch, mesh, seed).sample_ids_B for turn in range(NUM_BATCHES)]
+    return [replace(batch, sample_ids_B=ids.pin_memory() if is_pinned else ids) for ids in turns]
 
 
 def _keys(turn: int, micro_batch: int, mesh: Mesh, seed: int) -> SampleKeys:

@@ -51,9 +51,13 @@ def describe_step(encoders: Encoders) -> str:
         "absent": "latents and text embeddings (or labels) are random and on the device already",
         "on-line": (
             "pixels (random bytes, decoded already) are copied from pinned memory and encoded, "
-            "captions tokenized and encoded, by encoders with the real classes"
+            "captions tokenized and encoded, by encoders with the real classes: those of the next "
+            "step while this one is computed, unless a row says otherwise"
         ),
-        "cached": "latent statistics and text embeddings are copied from pinned memory",
+        "cached": (
+            "latent statistics and text embeddings in bf16, as a store holds them, are copied from "
+            "pinned memory, drawn from and scaled"
+        ),
     }[encoders]
     return (
         f"timestep and noise drawn, forward, backward, clipping, AdamW, EMA; {inputs}; captions of "
@@ -97,7 +101,7 @@ class _Bench:
                 self.say(f"not used, its check failed: {reason}")
         micro_batch, trials = self._size()
         self.say(f"timing micro-batch {micro_batch}")
-        timed = self._attempt(micro_batch, protocol)
+        timed = self._attempt(micro_batch, protocol, with_parts=True)
         if timed is None:
             raise DoesNotFit(f"out of memory at micro-batch {micro_batch}")
         return self._describe(micro_batch, timed, trials)
@@ -165,7 +169,9 @@ class _Bench:
             )
         return self._subject
 
-    def _attempt(self, micro_batch: int, protocol: Protocol) -> _Timed | None:
+    def _attempt(
+        self, micro_batch: int, protocol: Protocol, *, with_parts: bool = False
+    ) -> _Timed | None:
         """Steps of this micro-batch, timed; None if memory does not hold them.
 
         After that happened the model is made anew: a step that broke off leaves gathered weights
@@ -175,7 +181,12 @@ class _Bench:
         try:
             free_memory(self.mesh.device)
             subject = self._get_subject()
-            timed = _time(subject, subject.workload(self.options.bucket, micro_batch), protocol)
+            timed = _time(
+                subject,
+                subject.workload(self.options.bucket, micro_batch),
+                protocol,
+                with_parts=with_parts,
+            )
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -222,6 +233,8 @@ class _Bench:
             compiled=is_compiled(config.parallel, mesh.device),
             checkpointing=config.parallel.checkpointing,
             kernels=kernels_by_layer(config, self.latents[1:], mesh.device),
+            encode_ahead=subject.encodes_ahead,
+            parts_ms=timed.parts_ms,
             first_loss=timed.first_loss,
             last_loss=timed.last_loss,
             clocks=timed.clocks,
@@ -237,9 +250,10 @@ class _Timed:
     reserved_gib: float | None
     first_loss: float
     last_loss: float
+    parts_ms: dict[str, float]
 
 
-def _time(subject: Subject, workload: Workload, protocol: Protocol) -> _Timed:
+def _time(subject: Subject, workload: Workload, protocol: Protocol, *, with_parts: bool) -> _Timed:
     device = subject.mesh.device
     watched = list(subject.model.parameters())[-1]
     before = watched.detach().clone()
@@ -258,7 +272,11 @@ def _time(subject: Subject, workload: Workload, protocol: Protocol) -> _Timed:
         raise FloatingPointError(f"the loss is not finite: {losses}")
     assert all(bool(result.applied) for result in results), "an update was skipped"
     assert not bool(torch.equal(before, watched)), "the weights did not change"
-    return _Timed(times, clocks, allocated, reserved, losses[0], losses[-1])
+    parts = subject.parts(workload) if with_parts else {}
+    parts_ms = {
+        name: time_steps(part, device, protocol)[0].median_ms for name, part in parts.items()
+    }
+    return _Timed(times, clocks, allocated, reserved, losses[0], losses[-1], parts_ms)
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

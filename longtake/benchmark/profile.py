@@ -174,6 +174,12 @@ def profile_notes(found: Profile) -> list[str]:
         f"{graphs.compiled} graphs compiled, {found.compiled_meanwhile} of them in the profiled "
         f"steps; {breaks} graph breaks, {len(graphs.recompiled)} reasons of recompilation",
     ]
+    if split.encode_ms:
+        hidden = split.encode_ms - split.parts_ms["encode"]
+        lines.append(
+            f"encoding: {number(split.encode_ms)} ms a step in all, {number(max(0.0, hidden))} of "
+            "them beside training"
+        )
     if split.communication_ms:
         lines.append(f"communication: {number(split.communication_ms)} ms a step in all")
     lines += [f"graph break ({count}): {reason}" for reason, count in graphs.breaks.items()]

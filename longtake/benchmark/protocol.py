@@ -43,7 +43,7 @@ def quick(protocol: Protocol) -> Protocol:
 
 
 def time_steps(
-    step: Callable[[], None], device: torch.device, protocol: Protocol
+    step: Callable[[], object], device: torch.device, protocol: Protocol
 ) -> tuple[Timing, str | None]:
     """Times steps; also the GPU's clocks while the last of them ran."""
     seconds, number, first = 0.0, 0, 0.0
@@ -70,7 +70,7 @@ def time_steps(
     return timing(step_ms, warmup_steps=number, first_step_seconds=first), clocks
 
 
-def _wall_clock(step: Callable[[], None], device: torch.device) -> float:
+def _wall_clock(step: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
     step()
     if device.type == "cuda":
@@ -78,7 +78,7 @@ def _wall_clock(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _event_times(step: Callable[[], None], steps: int) -> tuple[list[float], str | None]:
+def _event_times(step: Callable[[], object], steps: int) -> tuple[list[float], str | None]:
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     # One more step of warm-up, not waited for: the first timed one must not include the host's way
     # to its first kernel, which the device later never waits for.

@@ -107,6 +107,10 @@ class Measurement:
     """What each kind of layer runs on."""
     first_loss: float
     last_loss: float
+    encode_ahead: bool = False
+    """Whether the next micro-batch was encoded while this one was trained."""
+    parts_ms: dict[str, float] = field(default_factory=dict)
+    """With encoders on-line: what each part takes alone, of the same micro-batch."""
     clocks: str | None = None
     """As the driver told them while the timed steps ran."""
     trials: tuple[Trial, ...] = ()
@@ -166,6 +170,10 @@ class RowReport:
     plain: Outcome | None = None
     speedup: float | None = None
     """Over the plain step, in samples per second."""
+    baseline: str | None = None
+    """The row that this one is to be compared with."""
+    times_baseline: float | None = None
+    """Its samples per second over those of the baseline."""
     floor_samples_per_second: float | None = None
     """By arithmetic from the run's own ceilings, for a step without encoders."""
     printed: tuple[Figure, ...] = ()

@@ -35,6 +35,8 @@ class Row:
     """Activation checkpointing: the first that fits into memory."""
     has_plain: bool = True
     """Whether the same on plain torch is measured beside it."""
+    baseline: str | None = None
+    """The key of the row whose speed this one is compared with."""
     printed: tuple[Figure, ...] = ()
     known: tuple[Figure, ...] = ()
 
@@ -130,23 +132,60 @@ def _video(
     return Row(key=key, title=title, table=table, config=config, **fields)  # pyright: ignore[reportArgumentType]
 
 
-def _t5_fp32(row: Row, *, unsplit: bool, **fields: object) -> Row:
-    """The row with the encoders of that page's baseline: T5 in fp32, perhaps an unsplit VAE."""
-    config = row.config
-    config = replace(config, text_encoder=replace(config.text_encoder, dtype="fp32"))
-    if unsplit:
-        config = replace(
-            config, video_encoder=replace(config.video_encoder, frames_per_call=1_000_000)
-        )
-    slow = "T5 in fp32, VAE in one call" if unsplit else "T5 in fp32"
-    return replace(
-        row,
-        key=f"{row.key}-slow-encoders",
-        title=f"{row.title}, {slow}",
-        config=config,
+def _on_line(
+    size: str, name: str, *, micro_batch: int, unsliced: int, printed: dict[str, tuple[Figure, ...]]
+) -> list[Row]:
+    """The encoders' rows of a preset, one change a row and all at one micro-batch.
+
+    The baseline has the encoders of that page's: T5 in fp32 over all tokens, the VAE eager and in
+    the largest calls that kernels can index, `unsliced` frames.
+    """
+    best = _video(
+        f"stdit-{size}-on-line",
+        f"STDiT-XL/2 {size}, encoders on-line",
+        name,
+        table="encoders",
+        encoders="on-line",
+        micro_batch=micro_batch,
+        policies=_policies(),
         has_plain=False,
-        **fields,  # pyright: ignore[reportArgumentType]
+        baseline=f"stdit-{size}-on-line-baseline",
+        printed=printed.get("both", ()),
     )
+    fast = best.config
+    train = replace(fast.train, encode_ahead=False)
+    slow_t5 = replace(fast.text_encoder, dtype="fp32", compile=False, num_lengths=1)
+    slow_vae = replace(fast.video_encoder, compile=False, frames_per_call=unsliced)
+    serial = replace(fast, train=train)
+
+    def row(suffix: str, what: str, config: RunConfig, **fields: object) -> Row:
+        return replace(
+            best,
+            key=f"{best.key}-{suffix}",
+            title=f"STDiT-XL/2 {size}, {what}",
+            config=config,
+            **({"printed": printed.get(suffix, ())} | fields),  # pyright: ignore[reportArgumentType]
+        )
+
+    return [
+        row(
+            "baseline",
+            "baseline: T5 in fp32, VAE eager and unsliced, one after the other",
+            replace(serial, text_encoder=slow_t5, video_encoder=slow_vae),
+            has_plain=True,
+        ),
+        row("fast-t5", "faster T5 alone", replace(serial, video_encoder=slow_vae)),
+        row("fast-vae", "faster VAE alone", replace(serial, text_encoder=slow_t5)),
+        row("serial", "both, one after the other", serial),
+        replace(best, title=f"STDiT-XL/2 {size}, both, encoding ahead"),
+        replace(
+            best,
+            key=f"stdit-{size}-cached",
+            title=f"STDiT-XL/2 {size}, encodings from a store",
+            encoders="cached",
+            printed=(),
+        ),
+    ]
 
 
 def _policies() -> tuple[str, ...]:
@@ -157,30 +196,32 @@ def _policies() -> tuple[str, ...]:
 _FULL_256 = preset("pixart-xl2-16x256").model
 _FULL_512 = replace(_FULL_256, space_scale=1.0)
 
-_ON_LINE_256 = _video(
-    "stdit-16x256-on-line",
-    "STDiT-XL/2 16x256, encoders on-line",
+_ON_LINE_256 = _on_line(
+    "16x256",
     "stdit-xl2-16x256",
-    table="encoders",
-    encoders="on-line",
-    printed=(_printed("w. faster T5, 16x256 (also the row STDiT 16x256)", 7.00),),
+    micro_batch=16,
+    unsliced=128,
+    printed={
+        "both": (_printed("w. faster T5, 16x256 (also the row STDiT 16x256)", 7.00),),
+        "baseline": (_printed("Baseline, 16x256", 6.16),),
+    },
 )
-_ON_LINE_512 = _video(
-    "stdit-16x512-on-line",
-    "STDiT-XL/2 16x512, encoders on-line",
+_ON_LINE_512 = _on_line(
+    "16x512",
     "stdit-xl2-16x512",
-    table="encoders",
-    encoders="on-line",
-    printed=(_printed("w. both, 64x512", 1.45, _MISLABELLED),),
+    micro_batch=4,
+    unsliced=32,
+    printed={
+        "both": (_printed("w. both, 64x512", 1.45, _MISLABELLED),),
+        "baseline": (_printed("Baseline, 64x512", 0.94, _MISLABELLED),),
+    },
 )
-_ON_LINE_64 = _video(
-    "stdit-64x512-on-line",
-    "STDiT-XL/2 64x512, encoders on-line",
+_ON_LINE_64 = _on_line(
+    "64x512",
     "stdit-xl2-64x512",
-    table="encoders",
-    encoders="on-line",
-    policies=_policies(),
-    printed=(_printed("STDiT (GC) 64x512", 0.40),),
+    micro_batch=1,
+    unsliced=32,
+    printed={"both": (_printed("STDiT (GC) 64x512", 0.40),)},
 )
 
 # From the cheapest to the dearest step, so that a run which is cut short has most of them.
@@ -207,7 +248,7 @@ _ROWS = (
     ),
     _video(
         "dit-256-on-line",
-        "DiT-XL/2 256x256, VAE on-line",
+        "DiT-XL/2 256x256, VAE on-line, encoding ahead",
         "dit-xl2-256",
         table="images",
         encoders="on-line",
@@ -237,13 +278,7 @@ _ROWS = (
             _known("Open-Sora 1.0's model, no checkpointing, compiled per block, batch 4", 4.90),
         ),
     ),
-    _ON_LINE_256,
-    _t5_fp32(
-        _ON_LINE_256,
-        unsplit=False,
-        micro_batch=8,
-        printed=(_printed("Baseline, 16x256", 6.16),),
-    ),
+    *_ON_LINE_256,
     _video(
         "full-16x512",
         "full attention (PixArt-XL/2) 16x512",
@@ -261,15 +296,8 @@ _ROWS = (
         printed=(_printed("STDiT (GC) 64x512", 0.40, "encoders on-line"),),
         known=(_known("Open-Sora 1.0's model, checkpointing, batch 4", 0.71),),
     ),
-    _ON_LINE_512,
-    _t5_fp32(
-        _ON_LINE_512,
-        unsplit=True,
-        micro_batch=2,
-        printed=(_printed("Baseline, 64x512", 0.94, _MISLABELLED),),
-    ),
-    _ON_LINE_64,
-    _t5_fp32(_ON_LINE_64, unsplit=True, micro_batch=1, printed=()),
+    *_ON_LINE_512,
+    *_ON_LINE_64,
     _video(
         "stdit-360x512",
         "STDiT-XL/2 360x512",

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, cycle, islice, repeat
+from typing import Any
 
 import torch
 from torch import nn
 
-from longtake.benchmark.inputs import latent_shape, random_batches, random_inputs
+from longtake.benchmark.inputs import (
+    latent_shape,
+    random_batches,
+    random_encoded_batches,
+    random_inputs,
+    stored_video_encoder,
+)
 from longtake.benchmark.records import Encoders
 from longtake.config import RunConfig, Work, check_parts, work_of_latents
 from longtake.data import Bucket
 from longtake.diffusion import build_objective
-from longtake.encoders import build_text_encoder, build_video_encoder
 from longtake.models import Model, build_model_from_config, init_weights
 from longtake.parallel import Mesh, local_part, materialize, parallelize, write_full
-from longtake.pipeline import Inputs, StepResult, Trainee, encode_batch, training_step
+from longtake.pipeline import (
+    Inputs,
+    StepResult,
+    Trainee,
+    build_encoders,
+    encode_batch,
+    encodes_ahead,
+    in_turn,
+    training_step,
+)
+from longtake.pipeline.inputs import text_condition
 from longtake.randomness import named_seed
 from longtake.training import Ema, build_optimizer
 
@@ -34,39 +50,38 @@ class Workload:
     latents: tuple[int, int, int, int]
     work: Work  # of one process's step
     micro_batch: int
-    batches: list[Callable[[], Inputs]]
+    batches: list[Any]
+    """As the loader gives them, or `Inputs` where there is nothing to encode."""
+    inputs: Iterator[Inputs]
+    """Without end; encoded when they are asked for, or ahead."""
 
 
 class Subject:
     """A model with optimizer, averages and, on-line, its encoders."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, *, encoders: Encoders, seed: int) -> None:
-        if encoders == "cached":
-            raise ValueError("encoders=cached needs a store of latents, which is not there yet")
         self.config, self.mesh, self.encoders, self.seed = config, mesh, encoders, seed
         self._steps = count()
-        self._encode = None
+        self._video_encoder = self._text_encoder = None
+        self.encodes_ahead = encoders != "absent" and encodes_ahead(
+            config.train.encode_ahead, mesh.device
+        )
         objective = build_objective(config.diffusion)
         with torch.device("meta"):
             self.model: Model = build_model_from_config(config.model)
         if encoders == "on-line":
-            video_encoder = build_video_encoder(config.video_encoder, mesh.device, config.seed)
-            text_encoder = build_text_encoder(config.text_encoder, mesh.device, config.seed)
+            self._video_encoder, self._text_encoder = build_encoders(
+                config.video_encoder, config.text_encoder, mesh, config.seed
+            )
             check_parts(
                 config,
                 condition=self.model.condition,
                 objective=objective,
-                video_encoder=video_encoder,
-                text_encoder=text_encoder,
+                video_encoder=self._video_encoder,
+                text_encoder=self._text_encoder,
             )
-            self._encode = partial(
-                encode_batch,
-                video_encoder=video_encoder,
-                text_encoder=text_encoder,
-                seed=seed,
-                device=mesh.device,
-                with_sizes=config.model.micro_conditioning,
-            )
+        elif encoders == "cached":
+            self._video_encoder = stored_video_encoder(config, mesh.device)
         parallelize(self.model, mesh, config.parallel)
         materialize(self.model, mesh.device)
         init_weights(self.model, seed=config.seed, write=write_full)
@@ -80,32 +95,66 @@ class Subject:
         bucket = self.config.data.buckets[number]
         latents = latent_shape(self.config, bucket)
         options = {"micro_batch": micro_batch, "mesh": self.mesh, "seed": self.seed}
-        if self._encode is None:
-            inputs = random_inputs(self.config, self.model, bucket, latents, **options)
-            batches = [lambda one=one: one for one in inputs]
+        if self.encoders == "absent":
+            batches = random_inputs(self.config, self.model, bucket, latents, **options)
+            inputs = cycle(batches)
         else:
-            loaded = random_batches(self.config, bucket, number, **options)
-            batches = [partial(self._encode, batch) for batch in loaded]
+            if self.encoders == "cached":
+                given = (self.config, self.model, bucket, number, latents)
+                batches = random_encoded_batches(*given, **options)
+            else:
+                batches = random_batches(self.config, bucket, number, **options)
+            inputs = in_turn(
+                self._encode, cycle(batches), device=self.mesh.device, ahead=self.encodes_ahead
+            )
         return Workload(
             bucket=bucket,
             latents=latents,
             work=work_of_latents(self.config, latents[1:], samples=micro_batch),
             micro_batch=micro_batch,
             batches=batches,
+            inputs=inputs,
         )
 
     def step(self, workload: Workload) -> StepResult:
         """One step as training makes it, at the peak learning rate: the weights change."""
-        number, optimizer = next(self._steps), self.config.optimizer
-        encode = workload.batches[number % len(workload.batches)]
+        return self._train(workload.inputs)
+
+    def parts(self, workload: Workload) -> dict[str, Callable[[], object]]:
+        """What a step with encoders on-line consists of, each to be called alone; else nothing."""
+        if self.encoders != "on-line":
+            return {}
+        batch, text_encoder = workload.batches[0], self._text_encoder
+        inputs = repeat(self._encode(batch))
+        found: dict[str, Callable[[], object]] = {
+            "transformer": lambda: self._train(inputs),
+            "video encoder": partial(self._encode, batch, with_text=False),
+        }
+        if text_encoder is not None:
+            found["text encoder"] = partial(text_condition, text_encoder, batch.captions)
+        return found
+
+    def _encode(self, batch: Any, *, with_text: bool = True) -> Inputs:
+        assert self._video_encoder is not None
+        return encode_batch(
+            batch,
+            video_encoder=self._video_encoder,
+            text_encoder=self._text_encoder if with_text else None,
+            seed=self.seed,
+            device=self.mesh.device,
+            with_sizes=self.config.model.micro_conditioning,
+        )
+
+    def _train(self, inputs: Iterator[Inputs]) -> StepResult:
+        optimizer = self.config.optimizer
         return training_step(
             self.trainee,
-            (make() for make in [encode]),
+            islice(inputs, 1),
             num_micro_batches=1,
             condition_dropout=self.config.train.condition_dropout,
             clip_norm=optimizer.clip_norm,
             lr=optimizer.lr,
-            step=number,
+            step=next(self._steps),
         )
 
 

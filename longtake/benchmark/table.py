@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,8 @@ def measure_table(
     def keep(row: RowReport) -> None:
         nonlocal report
         kept[row.key] = row
-        report = replace(report, rows=tuple(kept[key] for key in order if key in kept))
+        found = (_beside_baseline(kept[key], kept) for key in order if key in kept)
+        report = replace(report, rows=tuple(found))
         done(report)
 
     for number, row in enumerate(rows, start=1):
@@ -78,7 +79,12 @@ def measure_table(
         else:
             fast = _fast(row, protocol, run_job, say)
             found = RowReport(
-                key=row.key, title=row.title, fast=fast, printed=row.printed, known=row.known
+                key=row.key,
+                title=row.title,
+                fast=fast,
+                baseline=row.baseline,
+                printed=row.printed,
+                known=row.known,
             )
         keep(_compared(found, machine.ceilings))
         if row.has_plain and with_plain and not (found.plain and found.plain.measurement):
@@ -155,6 +161,15 @@ def _compared(row: RowReport, ceilings: Ceilings) -> RowReport:
         speedup=fast.samples_per_second / plain.samples_per_second if fast and plain else None,
         floor_samples_per_second=floor_rate(fast, row.fast.config, ceilings) if fast else None,
     )
+
+
+def _beside_baseline(row: RowReport, rows: Mapping[str, RowReport]) -> RowReport:
+    """With the speed-up over the row's baseline, if both were measured."""
+    baseline = rows.get(row.baseline or "")
+    slow, fast = baseline and baseline.fast.measurement, row.fast.measurement
+    if slow is None or fast is None:
+        return row
+    return replace(row, times_baseline=fast.samples_per_second / slow.samples_per_second)
 
 
 def floor_rate(measured: Measurement, config: dict[str, Any], ceilings: Ceilings) -> float | None:

@@ -151,11 +151,7 @@ def stdit_xl2_64x512() -> RunConfig:
         Bucket(num_frames=64, height=512, width=512, batch_size=16),
         frame_interval=2,
     )
-    return replace(
-        config,
-        parallel=ParallelConfig(checkpointing="full"),
-        video_encoder=replace(config.video_encoder, frames_per_call=64),
-    )
+    return replace(config, parallel=ParallelConfig(checkpointing="full"))
 
 
 def pixart_xl2_16x256() -> RunConfig:

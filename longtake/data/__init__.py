@@ -15,7 +15,7 @@ from longtake.data.loader import (
 from longtake.data.manifest import NO_LABEL, Manifest, ManifestError, Sample, read_manifest
 from longtake.data.source import MediaSource, Source, View
 from longtake.data.stream import Bucket, LoaderState
-from longtake.data.transforms import Fit, to_unit_range
+from longtake.data.transforms import Fit
 from longtake.data.video import MediaInfo, MediaLimits, probe, read_clip
 from longtake.data.workers import LoaderError
 from longtake.data.write import contact_sheet, write_image, write_video
@@ -54,7 +54,6 @@ __all__ = [
     "probe",
     "read_clip",
     "read_manifest",
-    "to_unit_range",
     "validation_batches",
     "write_image",
     "write_video",

@@ -107,8 +107,3 @@ def crop(pixels_CHW: Tensor, height: int, width: int, *, y: float, x: float) -> 
 def mirror(pixels_TCHW: Tensor) -> Tensor:
     """Left and right exchanged."""
     return pixels_TCHW.flip(-1)
-
-
-def to_unit_range(pixels: Tensor) -> Tensor:
-    """uint8 0..255 to float32 -1..1, meant to run on the device after the copy of the bytes."""
-    return pixels.float().div_(127.5).sub_(1.0)

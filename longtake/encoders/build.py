@@ -34,7 +34,15 @@ class VideoEncoderConfig:
     dtype: DtypeName = "auto"
     """`auto` is bf16 on CUDA and fp32 on the CPU; fp16 is refused where it overflows."""
     frames_per_call: int = 0
-    """At most this many frames per call (video classes: whole clips); 0 goes by their size."""
+    """At most this many frames per call (video classes: whole clips); 0: as `memory_gib` holds."""
+    memory_gib: float = 4.0
+    """Device memory that one call of the encoder may take beside its weights. What a frame needs is
+    measured on CUDA once for each size; elsewhere calls go by the size of frames."""
+    compile: bool | None = None
+    """torch.compile of the encoder in training; None: on CUDA, for classes of single frames."""
+    channels_last: bool | None = None
+    """Whether channels lie innermost in memory; None: where the encoder is compiled, since compiled
+    normalizations take them as they lie and the library's own copy."""
     tile: int | None = None
     """Frames higher or wider than this many pixels are processed in blended tiles of this size."""
 
@@ -71,6 +79,15 @@ class TextEncoderConfig:
     """`random` builds the same class from its config, off-line: for benchmarks and tests."""
     dtype: DtypeName = "auto"
     """`auto` is bf16 on CUDA and fp32 on the CPU; T5's activations overflow in fp16: refused."""
+    num_lengths: int = 4
+    """T5 runs on as many tokens as the longest caption of a call has, rounded up to one of so many
+    parts of `max_tokens`; what the transformer sees is padded in full. 1: always all of them."""
+    compile: bool | None = None
+    """torch.compile of every block in training, once for each number of captions and tokens; None
+    means on CUDA only."""
+    placement: Literal["auto", "replicated", "sharded"] = "auto"
+    """Whether every process holds T5 or they share one copy (FSDP); `auto` replicates it if its
+    weights take no more than a quarter of the device's memory."""
 
 
 def build_video_encoder(
@@ -96,6 +113,7 @@ def build_video_encoder(
             weights=config.weights,
             dtype=config.dtype,
             frames_per_call=config.frames_per_call,
+            memory_gib=config.memory_gib,
             tile=config.tile,
             device=torch.device(device),
             seed=seed,
@@ -124,6 +142,7 @@ def build_text_encoder(
             tokenizer_subfolder=config.tokenizer_subfolder,
             revision=config.revision,
             max_tokens=config.max_tokens,
+            num_lengths=config.num_lengths,
             weights=config.weights,
             dtype=config.dtype,
             device=torch.device(device),

@@ -18,7 +18,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from longtake.encoders.protocol import LatentStats, check_pixels, sample_posterior
+from longtake.encoders.protocol import (
+    LatentStats,
+    check_pixels,
+    sample_posterior,
+    to_unit_range,
+)
 
 # Rows: luma, red-blue, green-magenta. Orthonormal, so that energy in pixels is energy in
 # coefficients.
@@ -120,7 +125,7 @@ class DctEncoder:
         check_pixels(pixels_BCTHW)
         self.latent_shape(*pixels_BCTHW.shape[2:])
         blocks_BTHWP = rearrange(
-            pixels_BCTHW.to(self._analysis_CP),
+            to_unit_range(pixels_BCTHW).to(self._analysis_CP),
             "b c t (h p) (w q) -> b t h w (c p q)",
             p=self.block,
             q=self.block,

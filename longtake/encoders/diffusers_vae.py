@@ -10,6 +10,7 @@ dimension.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from longtake.encoders.autoencoders import Autoencoder, find_autoencoder
+from longtake.encoders.memory import count_that_fits, peak_bytes
 from longtake.encoders.pretrained import (
     LOAD_ERRORS,
     Source,
@@ -31,14 +33,23 @@ from longtake.encoders.pretrained import (
     seeded,
     weights_digest,
 )
-from longtake.encoders.protocol import LatentStats, check_pixels, sample_posterior
+from longtake.encoders.protocol import (
+    LatentStats,
+    check_pixels,
+    sample_posterior,
+    to_unit_range,
+)
 from longtake.encoders.public_configs import AUTOENCODER_CONFIGS
 from longtake.randomness import named_seed
 
-# Pixels per call if `frames_per_call` is 0: 16 frames of 512x512. The widest activations (128
-# channels at full resolution) then take 1 GiB in bf16 and stay far below the 2**31 elements that
-# some kernels can index.
+log = logging.getLogger(__name__)
+
+# Pixels per call where nothing was measured: 16 frames of 512x512. The widest activations (128
+# channels at full resolution) then take 1 GiB in bf16.
 _PIXELS_PER_CALL = 2**22
+# Whatever memory allows: so many pixels times those 128 channels are the 2**31 elements that some
+# kernels can index.
+_MOST_PIXELS_PER_CALL = 2**24
 
 
 class DiffusersVideoEncoder:
@@ -50,12 +61,16 @@ class DiffusersVideoEncoder:
         traits: Autoencoder,
         *,
         frames_per_call: int,
+        memory_gib: float,
         tile: int | None,
         provenance: dict[str, object],
     ) -> None:
         self._vae = vae
         self._traits = traits
         self._frames_per_call = frames_per_call
+        self._memory_gib = memory_gib
+        self._measured: dict[tuple[int, int, int], int] = {}
+        self._memory_format = torch.contiguous_format
         self.latent_channels: int = vae.config[traits.channels]
         spatial = traits.spatial(vae)
         temporal = traits.temporal(vae) if traits.temporal else 1
@@ -110,9 +125,8 @@ class DiffusersVideoEncoder:
         check_pixels(pixels_BCTHW)
         num_frames, height, width = pixels_BCTHW.shape[2:]
         self.latent_shape(num_frames, height, width)
-        moments_BCTHW = self._in_slices(
-            self._moments, pixels_BCTHW.to(self._vae.dtype), (num_frames, height, width)
-        )
+        at_once = self._items_per_call(pixels_BCTHW)
+        moments_BCTHW = self._in_slices(self._moments, pixels_BCTHW, at_once)
         if self._traits.output != "latent_dist":
             return LatentStats(moments_BCTHW)
         mean_BCTHW, logvar_BCTHW = moments_BCTHW.chunk(2, dim=1)
@@ -129,11 +143,25 @@ class DiffusersVideoEncoder:
         temporal, spatial, _ = self.downsample
         latent_frames, height, width = raw_BCTHW.shape[2:]
         clip = (1 + (latent_frames - 1) * temporal, height * spatial, width * spatial)
-        pixels_BCTHW = self._in_slices(self._pixels, raw_BCTHW.to(self._vae.dtype), clip)
+        at_once = self._by_size(clip)
+        pixels_BCTHW = self._in_slices(self._pixels, raw_BCTHW.to(self._vae.dtype), at_once)
         return pixels_BCTHW.float().clamp(-1, 1)
+
+    @property
+    def network(self) -> nn.Module | None:
+        """What may be compiled: the network from a frame to its moments. None where a class does
+        more than call one, as those of clips do."""
+        return self._vae.encoder if self._traits.temporal is None else None
+
+    def set_channels_last(self) -> None:
+        """Weights and frames with channels innermost; for classes of single frames."""
+        assert self._traits.temporal is None, "clips have one dimension too many"
+        self._memory_format = torch.channels_last
+        self._vae.to(memory_format=torch.channels_last)
 
     def _moments(self, pixels: Tensor) -> Tensor:
         """Mean and log-variance side by side in the channels, or latents alone."""
+        pixels = to_unit_range(pixels).to(self._vae.dtype, memory_format=self._memory_format)
         result = getattr(self._vae.encode(pixels), self._traits.output)
         if self._traits.output != "latent_dist":
             return result
@@ -147,20 +175,58 @@ class DiffusersVideoEncoder:
         return self._vae.decode(raw).sample
 
     def _in_slices(
-        self, function: Callable[[Tensor], Tensor], x_BCTHW: Tensor, clip: tuple[int, int, int]
+        self, function: Callable[[Tensor], Tensor], x_BCTHW: Tensor, at_once: int
     ) -> Tensor:
-        """The function over slices of at most `frames_per_call` frames, or of whole clips.
+        """The function over slices of at most so many items: frames, or whole clips of a class of
+        clips. They are equally long, the last filled up with zeros: one shape is compiled."""
+        is_by_frame = self._traits.temporal is None
+        items = rearrange(x_BCTHW, "b c t h w -> (b t) c h w") if is_by_frame else x_BCTHW
+        size = -(-len(items) // -(-len(items) // at_once))
+        done = []
+        for part in items.split(size):
+            missing = part.new_zeros(size - len(part), *part.shape[1:])
+            done.append(function(torch.cat((part, missing)))[: len(part)])
+        y = torch.cat(done)
+        return rearrange(y, "(b t) c h w -> b c t h w", b=len(x_BCTHW)) if is_by_frame else y
 
-        `clip` is a clip's frames, height and width in pixels, whether they are read or made.
-        """
+    def _items_per_call(self, pixels_BCTHW: Tensor) -> int:
+        """How many frames, or clips of a class of clips, are encoded at once; measured once for
+        each size."""
+        num_frames, height, width = pixels_BCTHW.shape[2:]
+        device = pixels_BCTHW.device
+        if self._frames_per_call or device.type != "cuda":
+            return self._by_size((num_frames, height, width))
+        is_by_frame = self._traits.temporal is None
+        frames = 1 if is_by_frame else num_frames
+        if (frames, height, width) not in self._measured:
+            items = pixels_BCTHW[:1, :, :1, :, :].flatten(1, 2) if is_by_frame else pixels_BCTHW[:1]
+            self._measured[frames, height, width] = self._measure(items, frames * height * width)
+        return self._measured[frames, height, width]
+
+    def _measure(self, item: Tensor, pixels: int) -> int:
+        # Eager, which takes no less than compiled, and compiles nothing for two shapes of no use.
+        with torch.compiler.set_stance("force_eager"):
+            self._moments(item)  # what the first call of all takes is not of a frame's
+            one, two = (
+                peak_bytes(
+                    lambda count=count: self._moments(torch.cat([item] * count)), item.device
+                )
+                for count in (1, 2)
+            )
+        size = "x".join(map(str, item.shape[-2:]))
+        what = f"frame of {size}" if item.ndim == 4 else f"clip of {item.shape[2]}x{size}"
+        count = count_that_fits(one=one, two=two, limit_gib=self._memory_gib, what=what)
+        count = max(1, min(count, _MOST_PIXELS_PER_CALL // pixels))
+        log.info(
+            "one %s takes %.2f GiB to encode: at most %d at once", what, (two - one) / 2**30, count
+        )
+        return count
+
+    def _by_size(self, clip: tuple[int, int, int]) -> int:
+        """Frames, or clips of a class of clips, by their frames, height and width in pixels."""
         num_frames, height, width = clip
         at_once = self._frames_per_call or max(1, _PIXELS_PER_CALL // (height * width))
-        if self._traits.temporal is None:
-            slices = rearrange(x_BCTHW, "b c t h w -> (b t) c h w").split(at_once)
-            y_FCHW = torch.cat([function(part) for part in slices])
-            return rearrange(y_FCHW, "(b t) c h w -> b c t h w", b=len(x_BCTHW))
-        clips_at_once = max(1, at_once // num_frames)
-        return torch.cat([function(part) for part in x_BCTHW.split(clips_at_once)])
+        return at_once if self._traits.temporal is None else max(1, at_once // num_frames)
 
 
 def load_diffusers_vae(
@@ -172,14 +238,17 @@ def load_diffusers_vae(
     weights: str,
     dtype: str,
     frames_per_call: int,
+    memory_gib: float,
     tile: int | None,
     device: torch.device,
     seed: int,
 ) -> DiffusersVideoEncoder:
     """An autoencoder of diffusers, frozen, on the device; arguments as in `VideoEncoderConfig`."""
+    if not memory_gib > 0:
+        raise ValueError(f"memory_gib={memory_gib:g} must be above 0: 4 is usual")
     if frames_per_call < 0:
         raise ValueError(
-            f"frames_per_call={frames_per_call} must be positive, or 0 to go by the frames' size"
+            f"frames_per_call={frames_per_call} must be positive, or 0 to go by memory_gib"
         )
     traits = find_autoencoder(class_name)
     diffusers = import_library("diffusers")
@@ -200,6 +269,7 @@ def load_diffusers_vae(
         vae,
         traits,
         frames_per_call=frames_per_call,
+        memory_gib=memory_gib,
         tile=tile,
         provenance={
             "class": class_name,

@@ -57,7 +57,11 @@ class VideoEncoder(Protocol):
         ...
 
     def encode(self, pixels_BCTHW: Tensor) -> LatentStats:
-        """Statistics of the latents in the encoder's own units and dtype; pixels are in [-1, 1]."""
+        """Statistics of the latents in the encoder's own units and dtype.
+
+        Pixels are floats in [-1, 1] or bytes, which an encoder turns into floats as it goes: a
+        quarter of the memory.
+        """
         ...
 
     def finish(self, stats: LatentStats, noise_BCTHW: Tensor | None = None) -> Tensor:
@@ -93,14 +97,20 @@ def sample_posterior(stats: LatentStats, noise_BCTHW: Tensor | None) -> Tensor:
 
 
 def check_pixels(pixels_BCTHW: Tensor) -> None:
-    """Raises a ValueError unless the tensor is a float batch of RGB clips."""
+    """Raises a ValueError unless the tensor is a batch of RGB clips, floats or bytes."""
     if pixels_BCTHW.ndim != 5 or pixels_BCTHW.shape[1] != 3:
         raise ValueError(
             f"pixels have shape {tuple(pixels_BCTHW.shape)}: "
             "expected (batch, 3, frames, height, width)"
         )
-    if not pixels_BCTHW.is_floating_point():
+    if not pixels_BCTHW.is_floating_point() and pixels_BCTHW.dtype != torch.uint8:
         raise ValueError(
-            f"pixels have dtype {pixels_BCTHW.dtype}: expected floats in [-1, 1]; "
-            "convert bytes with pixels.float() / 127.5 - 1"
+            f"pixels have dtype {pixels_BCTHW.dtype}: expected floats in [-1, 1], or uint8"
         )
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """Bytes 0..255 as float32 -1..1; floats as they are."""
+    if pixels.is_floating_point():
+        return pixels
+    return pixels.float().div_(127.5).sub_(1.0)

@@ -4,7 +4,11 @@ Captions are only normalized (Unicode NFC, outer white space removed): no lower-
 of links or scripts, since what a caption says is the data's business. Weights are read from
 safetensors, or from a `.bin` file with `weights_only`; remote code is never run.
 
-Shapes: B batch, L tokens, K their width.
+A call costs what its captions need: each different one is encoded once, and only as many tokens as
+the longest has, rounded up to one of a few lengths. The result is always padded to `max_tokens`, so
+that the transformer, which has far more work, sees one shape.
+
+Shapes: B batch, U different captions, L tokens, K their width.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtake.encoders.hashed_words import split_words
@@ -51,13 +56,23 @@ class T5Encoder:
     """A frozen T5 encoder: the last hidden states, padded to `max_tokens`."""
 
     def __init__(
-        self, model: Any, tokenize: Tokenize, *, max_tokens: int, provenance: dict[str, object]
+        self,
+        model: Any,
+        tokenize: Tokenize,
+        *,
+        max_tokens: int,
+        num_lengths: int = 1,
+        provenance: dict[str, object],
     ) -> None:
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens} must be at least 1: 120 and 512 are usual")
-        self._model = model
+        self.model = model
+        # Read once: the parameters of a sharded model are no plain tensors any more.
+        self._device, self.dtype = model.device, model.dtype
+        self.num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self._tokenize = tokenize
         self.max_tokens = max_tokens
+        self.lengths = call_lengths(max_tokens, num_lengths)
         self.channels: int = model.config.d_model
         self.provenance: dict[str, object] = provenance | {
             "max_tokens": max_tokens,
@@ -66,23 +81,63 @@ class T5Encoder:
             "weights_sample_sha256": weights_digest(model),
         }
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The units of compilation and sharding."""
+        return self.model.encoder.block
+
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> PromptEmbeds:
-        """Embeddings (B, max_tokens, channels) in the encoder's dtype, zero on padding; mask."""
-        ids_BL, mask_BL = self._tokenize([normalize(text) for text in captions], self.max_tokens)
-        device = self._model.device
+        """Embeddings (B, max_tokens, channels) in the encoder's dtype, zero on padding; mask.
+
+        The model is called exactly once, whatever the captions: where it is sharded, the processes
+        meet in its collectives.
+        """
+        texts = [normalize(text) for text in captions]
+        different = list(dict.fromkeys(texts))
+        place = {text: index for index, text in enumerate(different)}
+        places_B = torch.tensor([place[text] for text in texts])
+        # Few numbers of rows, as of tokens: each shape is compiled once. Empty captions fill up.
+        rows = min(len(texts), 1 << (len(different) - 1).bit_length())
+        different += [""] * (rows - len(different))
+        ids_UL, mask_UL = self._tokenize(different, self.max_tokens)
+        longest = int(mask_UL.sum(1).max())
+        length = next(length for length in self.lengths if length >= longest)
         return self._embed(
-            ids_BL.to(device, non_blocking=True), mask_BL.to(device, non_blocking=True)
+            *map(self._send, (ids_UL[:, :length], mask_UL[:, :length], places_B, mask_UL[places_B]))
         )
 
-    def _embed(self, ids_BL: Tensor, mask_BL: Tensor) -> PromptEmbeds:
+    def _send(self, host: Tensor) -> Tensor:
+        """To the device; from pinned memory, so that the copy waits for nothing."""
+        if self._device.type == "cuda":
+            host = host.contiguous().pin_memory()
+        return host.to(self._device, non_blocking=True)
+
+    def _embed(
+        self, ids_UL: Tensor, mask_UL: Tensor, places_B: Tensor, mask_BL: Tensor
+    ) -> PromptEmbeds:
+        """Of captions cut to a call's length; `mask_BL` is that of the result, at full length."""
         # An additive mask is used as it is. Given a boolean one, the library looks whether it is
         # all true, and the host waits for the GPU.
-        dtype = self._model.dtype
-        bias_B11L = torch.zeros(mask_BL.shape, dtype=dtype, device=mask_BL.device)[:, None, None]
-        bias_B11L = bias_B11L.masked_fill(~mask_BL[:, None, None], torch.finfo(dtype).min)
-        embeds_BLK = self._model(input_ids=ids_BL, attention_mask=bias_B11L).last_hidden_state
-        return PromptEmbeds(embeds_BLK * mask_BL[:, :, None], mask_BL)
+        bias_U11L = torch.zeros(mask_UL.shape, dtype=self.dtype, device=mask_UL.device)
+        bias_U11L = bias_U11L.masked_fill(~mask_UL, torch.finfo(self.dtype).min)[:, None, None]
+        embeds_ULK = self.model(input_ids=ids_UL, attention_mask=bias_U11L).last_hidden_state
+        embeds_BLK = (embeds_ULK * mask_UL[:, :, None]).index_select(0, places_B)
+        missing = mask_BL.shape[1] - embeds_BLK.shape[1]
+        return PromptEmbeds(F.pad(embeds_BLK, (0, 0, 0, missing)), mask_BL)
+
+
+def call_lengths(max_tokens: int, count: int) -> list[int]:
+    """The numbers of tokens that calls are rounded up to: `count` even parts of `max_tokens`, each
+    rounded up to a multiple of 8, which matrix units are made for.
+
+    Raises:
+        ValueError: count is less than 1.
+    """
+    if count < 1:
+        raise ValueError(f"num_lengths={count} must be at least 1: 4 is usual, 1 pads in full")
+    parts = [-(-max_tokens * part // count) for part in range(1, count + 1)]
+    return sorted({min(max_tokens, -(-part // 8) * 8) for part in parts})
 
 
 def normalize(caption: str) -> str:
@@ -99,6 +154,7 @@ def load_t5(
     tokenizer_subfolder: str | None,
     revision: str | None,
     max_tokens: int,
+    num_lengths: int,
     weights: str,
     dtype: str,
     device: torch.device,
@@ -129,6 +185,7 @@ def load_t5(
         model,
         tokenize,
         max_tokens=max_tokens,
+        num_lengths=num_lengths,
         provenance={
             "class": model_class.__name__,
             "library": f"transformers {transformers.__version__}",

@@ -7,6 +7,7 @@ from longtake.parallel.collectives import (
     mean_over_processes,
     run_together,
 )
+from longtake.parallel.compile import compile_blocks
 from longtake.parallel.mesh import (
     Mesh,
     ParallelConfig,
@@ -23,6 +24,7 @@ from longtake.parallel.shard import (
     local_parts,
     materialize,
     read_full,
+    shard_blocks,
     sum_over_shards,
     sync_gradients,
     write_full,
@@ -34,6 +36,7 @@ __all__ = [
     "PeerError",
     "any_process",
     "build_mesh",
+    "compile_blocks",
     "compute_dtype",
     "drop_gathered",
     "gather_json",
@@ -46,6 +49,7 @@ __all__ = [
     "parallelize",
     "read_full",
     "run_together",
+    "shard_blocks",
     "start_distributed",
     "stop_distributed",
     "sum_over_shards",

@@ -10,7 +10,7 @@ import faulthandler
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Literal
 
@@ -85,6 +85,27 @@ class Mesh:
     def fsdp_mesh(self) -> DeviceMesh:
         """What `fully_shard` wants: one axis for plain sharding, two for hybrid sharding."""
         return self.device_mesh if self.dp_replicate > 1 else self.device_mesh["dp_shard"]
+
+    def with_own_groups(self) -> Mesh:
+        """The same grid over process groups of its own; all processes must call it together.
+
+        Collectives of one group run in the order in which the host gave them out. What works beside
+        the training, on another stream, would hold the training's up in a group that they share.
+        """
+        # Made one by one: a second mesh takes over a group that has all processes in it.
+        ranks, groups = self.device_mesh.mesh, []
+        for axis, size in enumerate(ranks.shape):
+            for row in ranks.movedim(axis, -1).reshape(-1, size).tolist():
+                group = dist.new_group(row)
+                if self.rank in row:
+                    groups.append(group)
+        device_mesh = DeviceMesh.from_group(
+            groups,
+            self.device.type,
+            mesh=ranks,
+            mesh_dim_names=self.device_mesh.mesh_dim_names,
+        )
+        return replace(self, device_mesh=device_mesh)
 
 
 def start_distributed(

@@ -1,6 +1,8 @@
 """Where data, encoders, objective and model meet: from a batch to a loss, from noise to a video."""
 
+from longtake.pipeline.ahead import EncodedStep, encoded_steps, encodes_ahead, in_turn
 from longtake.pipeline.clips import write_clips
+from longtake.pipeline.encoders import build_encoders, text_placement
 from longtake.pipeline.generate import Request, generate, to_uint8
 from longtake.pipeline.inputs import Inputs, encode_batch
 from longtake.pipeline.loss import training_loss
@@ -8,12 +10,18 @@ from longtake.pipeline.step import StepResult, Trainee, training_step
 from longtake.pipeline.validate import validation_loss
 
 __all__ = [
+    "EncodedStep",
     "Inputs",
     "Request",
     "StepResult",
     "Trainee",
+    "build_encoders",
     "encode_batch",
+    "encoded_steps",
+    "encodes_ahead",
     "generate",
+    "in_turn",
+    "text_placement",
     "to_uint8",
     "training_loss",
     "training_step",

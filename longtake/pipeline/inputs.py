@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from longtake.data import Batch, to_unit_range
+from longtake.data import Batch
 from longtake.encoders import PromptEmbeds, TextEncoder, VideoEncoder
 from longtake.randomness import SampleKeys, Stream, normal
 from longtake.store import EncodedBatch
@@ -45,9 +45,9 @@ def encode_batch(
 ) -> Inputs:
     """Encode pixels and captions; the posterior noise belongs to the sample, like every other draw.
 
-    Of a batch that was encoded before, only the draw and the scaling are left to do. Without a text
-    encoder the condition is the batch's labels. `with_sizes` adds what a model with
-    micro-conditioning wants.
+    Of a batch that was encoded before, only the draw and the scaling are left to do. Without text
+    the condition is the batch's labels. `with_sizes` adds what a model with micro-conditioning
+    wants.
     """
     captions = batch.captions
     batch = batch.to(device)
@@ -55,15 +55,16 @@ def encode_batch(
     if isinstance(batch, EncodedBatch):
         stats = batch.stats
     else:
-        stats = video_encoder.encode(to_unit_range(batch.pixels_BCTHW))
+        stats = video_encoder.encode(batch.pixels_BCTHW)
     noise_BCTHW = None
     if stats.logvar_BCTHW is not None:
         noise_BCTHW = normal(keys, Stream.POSTERIOR, tuple(stats.mean_BCTHW.shape[1:]))
-    if text_encoder is None:
-        condition = {"labels_B": batch.labels_B}
-    elif isinstance(batch, EncodedBatch):
+    if isinstance(batch, EncodedBatch) and batch.embeds_BLK is not None:
         condition = _prompt_condition(batch.prompt)
+    elif text_encoder is None:
+        condition = {"labels_B": batch.labels_B}
     else:
+        assert not isinstance(batch, EncodedBatch), "a store without text is read without encoder"
         condition = text_condition(text_encoder, captions)
     height, width = batch.pixel_size
     if with_sizes:

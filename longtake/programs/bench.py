@@ -180,7 +180,7 @@ Time the step of one configuration: --preset NAME or --config FILE, dotted overr
 
   --micro-batch N        samples per step and process; default: the bucket's batch size
   --sizing HOW           fixed; halve (until it fits); search (the best, from N or from a guess on)
-  --encoders WHAT        absent (random latents; the default) or on-line
+  --encoders WHAT        absent (random latents; the default), on-line, or cached (as from a store)
   --bucket I             which of the configuration's buckets, from 0
   --warmup, --steps, --seconds, --seed   the protocol
   --json FILE            write the report
@@ -226,7 +226,7 @@ Split the step of a configuration into its parts and name its costliest kernels:
 
   --micro-batch N        samples per step and process; default: each bucket's batch size
   --also-bucket FxHxW    one more shape (frames, pixels, pixels), to see what alternating costs
-  --encoders WHAT        absent (random latents; the default) or on-line
+  --encoders WHAT        absent (random latents; the default), on-line, or cached (as from a store)
   --profiled-steps N     of each bucket; default 3
   --trace FILE           keep the profiler's trace, for chrome://tracing or Perfetto
   --warmup, --steps, --seconds, --seed   the protocol of the steps before

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ from longtake.data import (
     validation_batches,
 )
 from longtake.diffusion import Objective, build_objective
-from longtake.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder
+from longtake.encoders import TextEncoder, VideoEncoder
 from longtake.models import Model, build_model_from_config, init_weights
 from longtake.ops.kernels import use_kernels
 from longtake.parallel import (
@@ -61,8 +60,12 @@ from longtake.pipeline import (
     Inputs,
     Request,
     Trainee,
+    build_encoders,
     encode_batch,
+    encoded_steps,
+    encodes_ahead,
     generate,
+    text_placement,
     to_uint8,
     training_step,
     validation_loss,
@@ -135,7 +138,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
             model = build_model_from_config(config.model)
         check_conditions(manifest, config, model.condition)
         held_out = _held_out(config, mesh, model)
-        video_encoder, text_encoder = _encoders(config, source, device)
+        video_encoder, text_encoder = _encoders(config, source, mesh)
         if held_out is not None and isinstance(held_out.source, StoreSource):
             check_encoders(held_out.source.recipe, video_encoder, text_encoder)
         check_parts(
@@ -159,7 +162,12 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         ema = Ema(model, config.ema)
         trainee = Trainee(model=model, objective=objective, optimizer=optimizer, ema=ema)
 
+        is_ahead = encodes_ahead(config.train.encode_ahead, device)
         record = run_record(config, mesh, model, manifest, video_encoder, text_encoder)
+        record["encoders"] |= {
+            "ahead": is_ahead,
+            "text_placement": text_placement(config.text_encoder, text_encoder, mesh),
+        }
         documents = {"config.yaml": dump_yaml(config), "run.json": json.dumps(record, indent=2)}
         checkpointer = Checkpointer(
             folder.checkpoints, config.checkpoint, mesh, documents=documents
@@ -207,14 +215,17 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         _release(video_encoder, text_encoder)
 
         meter = throughput_meter(config, mesh)
-        for micro_batches in islice(loader, max(0, config.train.steps - step)):
+        steps_left = max(0, config.train.steps - step)
+        for encoded in encoded_steps(
+            loader, encode, num_steps=steps_left, device=device, ahead=is_ahead
+        ):
             lr = learning_rate(
                 step, config.schedule, peak=config.optimizer.lr, total_steps=config.train.steps
             )
             result = training_step(
                 trainee,
-                map(encode, micro_batches),
-                num_micro_batches=len(micro_batches),
+                encoded.micro_batches,
+                num_micro_batches=encoded.num_micro_batches,
                 condition_dropout=config.train.condition_dropout,
                 clip_norm=config.optimizer.clip_norm,
                 lr=lr,
@@ -223,8 +234,8 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
             mean_loss.add(result.loss)
             skipped.add(result.applied)
 
-            step = loader.state.step
-            meter.add(**work[micro_batches[0].bucket])
+            step = encoded.place.step
+            meter.add(**work[encoded.bucket])
             bar.advance()
             is_last = step == config.train.steps
             if is_last or step % config.train.log_every_steps == 0:
@@ -237,7 +248,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
                         "train/lr": lr,
                         "train/updates_skipped": skipped.total,
                         "data/samples_unreadable": bad_samples.note(
-                            step, manifest.file, _plain(loader.bad)
+                            step, manifest.file, _plain(encoded.bad)
                         ),
                         **speed_metrics(speed, device),
                     },
@@ -249,9 +260,9 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
                     validate(step)
             is_stopping = stop.agreed()
             if is_last or is_stopping or step % config.checkpoint.every_steps == 0:
-                bad_samples.note(step, manifest.file, _plain(loader.bad))
+                bad_samples.note(step, manifest.file, _plain(encoded.bad))
                 state = {
-                    "loader": loader.state.to_json(),
+                    "loader": encoded.place.to_json(),
                     "skipped": skipped.state_dict(),
                     "mean_loss": mean_loss.state_dict(),
                 }
@@ -294,16 +305,13 @@ def _plain(samples: Sequence[BadSample]) -> list[dict[str, object]]:
 
 
 def _encoders(
-    config: RunConfig, source: Source, device: torch.device
+    config: RunConfig, source: Source, mesh: Mesh
 ) -> tuple[VideoEncoder, TextEncoder | None]:
     """The run's encoders; of a run that reads a latent store, what is left for them to do."""
     if not isinstance(source, StoreSource):
-        return (
-            build_video_encoder(config.video_encoder, device, config.seed),
-            build_text_encoder(config.text_encoder, device, config.seed),
-        )
+        return build_encoders(config.video_encoder, config.text_encoder, mesh, config.seed)
     video, text = stored_encoders(
-        source.recipe, config.video_encoder, config.text_encoder, device, config.seed
+        source.recipe, config.video_encoder, config.text_encoder, mesh.device, config.seed
     )
     if config.sampling.prompts or config.sampling.labels:
         # Sampling comes late in a run; that its encoders are not the store's must not.

@@ -33,7 +33,8 @@ _Encoder = TypeVar("_Encoder", VideoEncoder, TextEncoder)
 # Settings that say where and how the encoder runs, not which one it is. Its precision counts when
 # encoding: a store of another precision is another store, but no other encoder.
 _NOT_COMPARED = {"path", "subfolder", "revision", "tokenizer_path", "tokenizer_subfolder"}
-_NOT_COMPARED |= {"dtype", "frames_per_call", "weights"}
+_NOT_COMPARED |= {"dtype", "frames_per_call", "memory_gib", "weights"}
+_NOT_COMPARED |= {"num_lengths", "compile", "channels_last", "placement"}
 
 
 class _OnDemand(Generic[_Encoder]):

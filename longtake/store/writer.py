@@ -30,7 +30,6 @@ from longtake.data import (
     MediaError,
     MediaSource,
     View,
-    to_unit_range,
 )
 from longtake.data.reader import Reader
 from longtake.data.source import position_of
@@ -257,7 +256,7 @@ class _Jobs:
         keys, taken.keys = taken.keys[:at_once], taken.keys[at_once:]
         pixels, taken.pixels = taken.pixels[:at_once], taken.pixels[at_once:]
         pixels_BCTHW = torch.stack(pixels).to(device, non_blocking=True)
-        stats = encoder.encode(to_unit_range(pixels_BCTHW))
+        stats = encoder.encode(pixels_BCTHW)
         dtype = torch.bfloat16 if self.recipe.latents == "bf16" else torch.float32
         mean_BCTHW = stats.mean_BCTHW.to(dtype).cpu()
         logvar_BCTHW = None if stats.logvar_BCTHW is None else stats.logvar_BCTHW.to(dtype).cpu()

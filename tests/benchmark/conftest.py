@@ -15,6 +15,7 @@ from longtake.benchmark.records import (
     timing,
 )
 from longtake.benchmark.rows import Row, rows, tiny
+from longtake.encoders import TextEncoderConfig, VideoEncoderConfig
 from longtake.parallel import ParallelConfig, build_mesh, start_distributed, stop_distributed
 from longtake.planning import Ceilings
 
@@ -33,6 +34,25 @@ def row(key: str) -> Row:
 
 def tiny_row(key: str) -> Row:
     return tiny(row(key))
+
+
+def real_encoders(config, folder, **train):
+    """The configuration with tiny encoders of the real classes, T5 and AutoencoderKL, random."""
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+    ).save_config(folder)
+    return replace(
+        config,
+        model=replace(config.model, in_channels=4, caption_channels=64),
+        text_encoder=TextEncoderConfig(kind="t5", path="tiny", weights="random", max_tokens=24),
+        video_encoder=VideoEncoderConfig(kind="diffusers", path=str(folder), weights="random"),
+        train=replace(config.train, **train),
+    )
 
 
 def measurement(step_ms: float = 100.0, *, micro_batch: int = 8, **changes) -> Measurement:

@@ -1,14 +1,20 @@
+import io
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from longtake.benchmark.measure import StepOptions, as_plain, is_out_of_memory, measure_step
+from longtake.benchmark.records import StepReport
+from longtake.benchmark.render import show_step
 from longtake.benchmark.search import DoesNotFit
 from longtake.benchmark.subject import Subject
 from longtake.ops.kernels import PLAIN, KernelConfig, current_kernels
 from longtake.planning import TokenGrid, forward_macs
-from tests.benchmark.conftest import QUICK, tiny_row
+from tests.benchmark.conftest import QUICK, real_encoders, tiny_row
+
+ON_LINE = tiny_row("stdit-16x256-on-line").config
 
 
 def test_measurement_says_what_ran(measured):
@@ -106,10 +112,52 @@ def test_plain_step_runs_on_plain_torch_and_kernels_are_put_back(mesh):
     assert current_kernels() == KernelConfig()
 
 
-def test_encodings_from_a_store_are_refused_until_there_is_one(mesh):
-    options = StepOptions(protocol=QUICK, encoders="cached")
-    with pytest.raises(ValueError, match="store of latents"):
-        measure_step(tiny_row("dit-256").config, mesh, options)
+@pytest.mark.parametrize("key", ["dit-256", "stdit-16x256-cached"])
+def test_encodings_as_from_a_store_are_drawn_and_scaled_in_the_step(mesh, key):
+    config = tiny_row(key).config
+    subject = Subject(config, mesh, encoders="cached", seed=0)
+    workload = subject.workload(0, 2)
+    batch, inputs = workload.batches[0], next(workload.inputs)
+    assert batch.mean_BCTHW.dtype == torch.bfloat16
+    assert inputs.clean_BCTHW.dtype == torch.float32
+    assert inputs.clean_BCTHW.shape == batch.mean_BCTHW.shape
+    assert not torch.equal(inputs.clean_BCTHW, batch.mean_BCTHW.float()), "scaled"
+    is_text = config.text_encoder.kind != "none"
+    assert inputs.condition.keys() == (
+        {"prompt_embeds_BLK", "prompt_mask_BL"} if is_text else {"labels_B"}
+    )
+    measured = measure_step(config, mesh, StepOptions(protocol=QUICK, encoders="cached"))
+    assert measured.encoders == "cached"
+    assert not measured.parts_ms
+
+
+def test_encoding_ahead_is_timed_beside_its_parts(mesh, tmp_path):
+    found = {}
+    for ahead in (False, True):
+        config = real_encoders(ON_LINE, tmp_path, encode_ahead=ahead)
+        options = StepOptions(protocol=QUICK, encoders="on-line", micro_batch=2)
+        found[ahead] = measure_step(config, mesh, options)
+        assert found[ahead].encode_ahead is ahead
+        assert found[ahead].parts_ms.keys() == {"transformer", "video encoder", "text encoder"}
+        assert all(ms > 0 for ms in found[ahead].parts_ms.values())
+    # The same steps on the same numbers.
+    assert found[False].first_loss == found[True].first_loss
+    assert found[False].last_loss == found[True].last_loss
+    report = StepReport(environment={}, protocol=QUICK, config={}, measurement=found[True])
+    text = io.StringIO()
+    show_step(report, Console(file=text), brief=False)
+    assert "sum of the parts" in text.getvalue()
+    assert "on-line, ahead" in text.getvalue()
+
+
+def test_cached_statistics_of_a_real_class_have_a_posterior(mesh, tmp_path):
+    subject = Subject(real_encoders(ON_LINE, tmp_path), mesh, encoders="cached", seed=0)
+    workload = subject.workload(0, 2)
+    batch, inputs = workload.batches[0], next(workload.inputs)
+    mean_BCTHW = 0.18215 * batch.mean_BCTHW.float()
+    spread = (inputs.clean_BCTHW - mean_BCTHW).std()
+    # exp(-10 / 2) and exp(0.5 n) of normal n with variance 1, on average exp(0.5) in the square.
+    assert spread == pytest.approx(0.18215 * 0.00674 * 1.65**0.5, rel=0.2)
 
 
 def test_bucket_must_exist(mesh):

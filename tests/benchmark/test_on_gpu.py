@@ -12,7 +12,7 @@ from longtake.benchmark.profile import profile_step
 from longtake.benchmark.records import Protocol
 from longtake.benchmark.search import DoesNotFit
 from longtake.benchmark.subject import Subject
-from tests.benchmark.conftest import tiny_row
+from tests.benchmark.conftest import real_encoders, tiny_row
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,10 +33,13 @@ def test_step_is_timed_compiled_with_its_memory_and_clocks(mesh):
     assert "clocks.sm" in measured.clocks
 
 
-def test_timed_steps_do_not_wait_for_the_device(mesh):
-    subject = Subject(CONFIG, mesh, encoders="absent", seed=0)
+@pytest.mark.parametrize("encoders", ["absent", "on-line", "cached"])
+def test_timed_steps_do_not_wait_for_the_device(mesh, encoders, tmp_path):
+    config = CONFIG if encoders == "absent" else real_encoders(CONFIG, tmp_path)
+    subject = Subject(config, mesh, encoders=encoders, seed=0)
+    assert subject.encodes_ahead is (encoders != "absent")
     workload = subject.workload(0, 4)
-    for _ in range(3):
+    for _ in range(6):
         subject.step(workload)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -44,6 +47,26 @@ def test_timed_steps_do_not_wait_for_the_device(mesh):
             subject.step(workload)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_encoding_ahead_trains_on_the_numbers_of_the_serial_path(mesh, tmp_path):
+    found = {}
+    for ahead in (False, True):
+        config = real_encoders(CONFIG, tmp_path, encode_ahead=ahead)
+        options = StepOptions(protocol=PROTOCOL, encoders="on-line", micro_batch=4)
+        found[ahead] = measure_step(config, mesh, options)
+        assert found[ahead].encode_ahead is ahead
+        assert found[ahead].parts_ms.keys() == {"transformer", "video encoder", "text encoder"}
+    assert found[True].last_loss == pytest.approx(found[False].last_loss, rel=1e-3)
+
+
+def test_encoding_ahead_shows_in_a_profile(mesh, tmp_path):
+    config = real_encoders(CONFIG, tmp_path)
+    options = StepOptions(protocol=PROTOCOL, encoders="on-line", micro_batch=4)
+    split = profile_step(config, mesh, options, steps=2).split
+    assert sum(split.parts_ms.values()) == pytest.approx(split.step_ms)
+    assert 0 <= split.parts_ms["encode"] <= split.encode_ms
+    assert split.encode_ms > 0
 
 
 def test_after_memory_ran_out_a_smaller_step_is_measured(mesh):

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,8 +45,8 @@ def test_cheap_rows_come_first():
         ("full-64x512", "DiT (GC) 64x512", 5e3, 1),
         ("stdit-64x512", "STDiT (GC) 64x512", 25e3, 1),
         ("stdit-360x512", "STDiT (GC, sp=2) 360x512", 18e3, 0.5),  # printed per pair
-        ("stdit-16x256-on-line-slow-encoders", "Baseline, 16x256", 25e3, 1),
-        ("stdit-16x512-on-line-slow-encoders", "Baseline, 64x512", 15e3, 1),  # mislabelled
+        ("stdit-16x256-on-line-baseline", "Baseline, 16x256", 25e3, 1),
+        ("stdit-16x512-on-line-baseline", "Baseline, 64x512", 15e3, 1),  # mislabelled
         ("stdit-16x512-on-line", "w. both, 64x512", 23e3, 1),  # mislabelled
     ],
 )
@@ -75,8 +76,28 @@ def test_row_is_a_model_that_can_be_built(one, made):
     assert made or config.uses_random_encoders
 
 
-def test_slow_encoders_are_those_of_the_printed_baseline():
-    slow = row("stdit-16x512-on-line-slow-encoders").config
-    assert slow.text_encoder.dtype == "fp32"
-    assert slow.video_encoder.frames_per_call > 64 * 16
-    assert row("stdit-16x512-on-line").config.text_encoder.dtype == "auto"
+@pytest.mark.parametrize("size", ["16x256", "16x512", "64x512"])
+def test_encoders_rows_change_one_thing_at_a_time(size):
+    key = f"stdit-{size}-on-line"
+    names = {"baseline": "-baseline", "t5": "-fast-t5", "vae": "-fast-vae", "serial": "-serial"}
+    found = {name: row(key + suffix) for name, suffix in names.items()}
+    ahead, cached = row(key), row(f"stdit-{size}-cached")
+    assert {one.micro_batch for one in (*found.values(), ahead, cached)} == {ahead.micro_batch}
+    assert ahead.micro_batch * _tokens(ahead) == 65_536
+    assert {one.baseline for one in (*found.values(), ahead, cached)} == {f"{key}-baseline"}
+    configs = {name: one.config for name, one in found.items()}
+    text = {name: config.text_encoder for name, config in configs.items()}
+    video = {name: config.video_encoder for name, config in configs.items()}
+    assert (text["baseline"].dtype, text["baseline"].compile) == ("fp32", False)
+    assert text["baseline"] == text["vae"] != text["t5"] == text["serial"]
+    assert video["baseline"] == video["t5"] != video["vae"] == video["serial"]
+    # The widest activations of a call, 128 channels, stay below 2**31 values.
+    frames, pixels = video["baseline"].frames_per_call, ahead.config.data.buckets[0].height ** 2
+    assert video["baseline"].compile is False
+    assert 2**30 <= frames * pixels * 128 < 2**31
+    assert not any(config.train.encode_ahead for config in configs.values())
+    assert replace(ahead.config, train=configs["serial"].train) == configs["serial"]
+    assert ahead.config.train.encode_ahead is None
+    assert (cached.encoders, cached.config) == ("cached", ahead.config)
+    keys = [one.key for one in rows("encoders")]
+    assert keys.index(f"{key}-baseline") < min(keys.index(k) for k in (key, f"{key}-fast-t5"))

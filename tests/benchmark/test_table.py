@@ -4,7 +4,7 @@ import pytest
 
 from longtake.benchmark.jobs import Finished
 from longtake.benchmark.plot import plot_table
-from longtake.benchmark.records import Outcome, Protocol, load_report, save_report
+from longtake.benchmark.records import Outcome, Protocol, load_report, save_report, timing
 from longtake.benchmark.render import markdown, show
 from longtake.benchmark.table import measure_table, same_settings, select
 from longtake.config import to_plain
@@ -142,6 +142,39 @@ def test_markdown_says_everything():
     table = [line for line in text.splitlines() if line.startswith("|")]
     widths = {line.count("|") - line.count("\\|") for line in table}
     assert len(widths) == 3  # one for each of the three tables
+
+
+def test_encoders_stand_beside_their_baseline_and_their_parts():
+    keys = ("stdit-16x512-on-line-baseline", "stdit-16x512-on-line", "stdit-16x512-cached")
+    parts = {"transformer": 60.0, "video encoder": 25.0, "text encoder": 15.0}
+
+    def device(job):
+        finished = _Device()(job)
+        is_slow = job.config.text_encoder.dtype == "fp32"
+        step = timing([250.0 if is_slow else 80.0], warmup_steps=1, first_step_seconds=1.0)
+        rate = 4000 / step.median_ms
+        found = replace(
+            finished.outcome.measurement,
+            timing=step,
+            samples_per_second=rate,
+            encode_ahead=not is_slow,
+            parts_ms=parts if job.options.encoders == "on-line" else {},
+        )
+        return Finished(replace(finished.outcome, measurement=found))
+
+    report, _ = _measure(device, [row(key) for key in keys], with_plain=False)
+    ratios = [one.times_baseline for one in report.rows]
+    assert ratios == [1.0, pytest.approx(3.125), pytest.approx(3.125)]
+    text = markdown(report)
+    line = next(
+        line for line in text.split("## Encoders")[1].splitlines() if "encoding ahead" in line
+    )
+    for part in ("| 50 |", "3.12", "60 ms, 66.67/s", "25 ms, 160/s", "100 ms, 40/s", "| 1.25 |"):
+        assert part in line, part
+    # Without its baseline a row is as fast as it is.
+    alone, _ = _measure(device, [row(keys[1])], with_plain=False)
+    assert alone.rows[0].times_baseline is None
+    assert alone.rows[0].fast.measurement.samples_per_second == 50
 
 
 def test_terminal_table_does_not_wrap_into_a_file(capsys):

@@ -119,3 +119,22 @@ def test_without_a_device_spans_are_the_parts_and_operations_the_kernels():
 def test_a_trace_needs_a_step_to_get_up_to_pace():
     with pytest.raises(AssertionError, match="at least two"):
         split_step([_span(STEP, 0, 10)])
+
+
+def test_what_runs_beside_training_is_not_counted_twice():
+    device = _Device()
+    device.runs("warm", 500, 1000, launched=10)
+    device.runs("gemm", 1000, 1600, launched=210)
+    device.runs("conv", 1400, 1900, launched=120)  # of the next batch, on another stream
+    device.runs("norm", 1500, 1700, launched=121)
+    spans = [
+        _span(STEP, 0, 90),
+        _span(STEP, 100, 500),
+        _span("longtake.encode", 101, 199),
+        _span(FORWARD, 200, 299),
+    ]
+    found = split_step([*device.events, *spans])
+    assert found.parts_ms["forward"] == pytest.approx(0.6)
+    assert found.parts_ms["encode"] == pytest.approx(0.3)
+    assert found.encode_ms == pytest.approx(0.5)
+    assert sum(found.parts_ms.values()) == pytest.approx(found.step_ms) == pytest.approx(0.9)

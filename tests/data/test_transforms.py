@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from longtake.data import to_unit_range
 from longtake.data.transforms import cover_size, crop, mirror, scale_frame
 
 SIDES = st.integers(1, 4000)
@@ -32,12 +31,6 @@ def test_crop_places() -> None:
     assert crop(pixels, 4, 4, y=1.0, x=1.0)[0, 0, -1, -1] == 47
     assert torch.equal(crop(pixels, 6, 8, y=0.3, x=0.7), pixels)
     assert mirror(pixels)[0, 0, 0].tolist() == list(range(7, -1, -1))
-
-
-def test_unit_range() -> None:
-    values = to_unit_range(torch.tensor([0, 255, 51], dtype=torch.uint8))
-    assert values.dtype == torch.float32
-    torch.testing.assert_close(values, torch.tensor([-1.0, 1.0, -0.6]))
 
 
 @pytest.mark.parametrize("size", [(24, 32), (48, 64), (100, 140), (96, 64)], ids=str)

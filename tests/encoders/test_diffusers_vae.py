@@ -13,6 +13,7 @@ from torch import Tensor
 from longtake.encoders import VideoEncoder, VideoEncoderConfig, build_video_encoder
 from longtake.encoders.autoencoders import AUTOENCODERS
 from longtake.encoders.protocol import sample_posterior
+from longtake.parallel import compile_blocks
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -113,7 +114,7 @@ TINY: dict[str, tuple[dict[str, Any], int, int, tuple[int, int]]] = {
 IMAGE_CLASSES = [name for name, row in AUTOENCODERS.items() if row.temporal is None]
 CLIP_CLASSES = [name for name, row in AUTOENCODERS.items() if row.temporal]
 
-Load = Callable[..., VideoEncoder]
+Load = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -288,12 +289,69 @@ def test_vae_slices_hold_at_most_the_frames_asked_for(
     original = encoder._moments
     monkeypatch.setattr(encoder, "_moments", lambda x: calls.append(len(x)) or original(x))
     encoder.encode(_pixels("AutoencoderKL"))
-    assert calls == [4, 2]
+    assert calls == [3, 3], "equally many each time"
     monkeypatch.setattr(encoder, "_frames_per_call", 0)
     monkeypatch.setattr("longtake.encoders.diffusers_vae._PIXELS_PER_CALL", 3 * 32 * 64 + 1)
     calls.clear()
     encoder.encode(_pixels("AutoencoderKL"))
     assert calls == [3, 3]
+    calls.clear()
+    odd = encoder.encode(_pixels("AutoencoderKL", batch=3)[:, :, :1])
+    assert calls == [3]
+    monkeypatch.setattr(encoder, "_frames_per_call", 2)
+    calls.clear()
+    filled_up = encoder.encode(_pixels("AutoencoderKL", batch=3)[:, :, :1])
+    assert calls == [2, 2], "the last slice is filled up"
+    torch.testing.assert_close(filled_up.mean_BCTHW, odd.mean_BCTHW)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "shape"),
+    [("AutoencoderKL", (3, 32, 64)), ("AutoencoderKLWan", (3, 5, 32, 64))],
+)
+def test_vae_slices_follow_from_what_one_and_two_items_took(
+    class_name: str, shape: tuple[int, ...], load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a CPU there is no peak to read; on a GPU tests/encoders/test_memory.py has the real one.
+    sizes: list[int] = []
+
+    def peak(call: Callable[[], Tensor], device: torch.device) -> int:
+        sizes.append(len(call()))
+        return sizes[-1] * 300 * 2**20
+
+    monkeypatch.setattr("longtake.encoders.diffusers_vae.peak_bytes", peak)
+    encoder, graphs = load(class_name), []
+    if encoder.network is not None:
+        compile_blocks([encoder.network], backend=lambda graph, _: graphs.append(1) or graph)
+    item = torch.zeros(1, *shape, dtype=torch.uint8)
+    assert encoder._measure(item, item[0, 0].numel()) == 13, "of 4 GiB"
+    assert sizes == [1, 2]
+    assert not graphs, "measured eagerly: two shapes of no use are not compiled"
+    assert encoder._measure(item, 2**23) == 2, "kernels index no more"
+
+
+@pytest.mark.parametrize("class_name", TINY)
+def test_vae_takes_bytes_as_they_come_from_the_loader(class_name: str, load: Load) -> None:
+    encoder = load(class_name)
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.randint(
+        0, 256, _pixels(class_name).shape, dtype=torch.uint8, generator=generator
+    )
+    of_bytes = encoder.encode(pixels)
+    of_floats = encoder.encode(pixels.float() / 127.5 - 1)
+    torch.testing.assert_close(of_bytes.mean_BCTHW, of_floats.mean_BCTHW)
+
+
+@pytest.mark.parametrize("class_name", IMAGE_CLASSES)
+def test_vae_with_channels_last_has_the_same_numbers(class_name: str, load: Load) -> None:
+    encoder, pixels = load(class_name), _pixels(class_name)
+    stats = encoder.encode(pixels)
+    encoder.set_channels_last()
+    seen = []
+    convolution = next(m for m in encoder.network.modules() if isinstance(m, torch.nn.Conv2d))
+    convolution.register_forward_pre_hook(lambda _, args: seen.append(args[0].stride(1)))
+    torch.testing.assert_close(encoder.encode(pixels).mean_BCTHW, stats.mean_BCTHW)
+    assert seen == [1], "channels are neighbours"
 
 
 @pytest.mark.parametrize(
@@ -360,6 +418,8 @@ def test_vae_refuses_sizes_off_its_grid(load: Load) -> None:
         load("AutoencoderTiny", tile=64)
     with pytest.raises(ValueError, match="frames_per_call=-1 must be positive"):
         load("AutoencoderKL", frames_per_call=-1)
+    with pytest.raises(ValueError, match="memory_gib=0 must be above 0"):
+        load("AutoencoderKL", memory_gib=0.0)
 
 
 def test_vae_fp16_is_refused_where_it_overflows(load: Load, tmp_path: Path) -> None:

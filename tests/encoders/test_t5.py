@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from longtake.encoders import TextEncoder, TextEncoderConfig, build_text_encoder
 from longtake.encoders.public_configs import T5_CONFIGS
-from longtake.encoders.t5 import HashedTokenizer, normalize
+from longtake.encoders.t5 import HashedTokenizer, call_lengths, normalize
 
 transformers = pytest.importorskip("transformers")
 
@@ -70,9 +71,57 @@ def test_t5_embeddings_of_real_tokens_do_not_see_the_padding(
 def test_t5_never_looks_at_values_on_the_host(kind: str, no_host_reads: Any) -> None:
     encoder = _load(kind, "tiny", weights="random")
     ids_BL, mask_BL = torch.ones(2, 8, dtype=torch.long), torch.arange(8) < torch.tensor([[8], [3]])
+    places_B, full_BL = torch.tensor([1, 0, 1]), torch.ones(3, 12, dtype=torch.bool)
     with no_host_reads, torch.no_grad():
-        prompt = encoder._embed(ids_BL, mask_BL)
-    assert prompt.embeds_BLK.shape == (2, 8, 64)
+        prompt = encoder._embed(ids_BL, mask_BL, places_B, full_BL)
+    assert prompt.embeds_BLK.shape == (3, 12, 64)
+
+
+def _calls(encoder: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes that the model is called with from here on."""
+    shapes, forward = [], encoder.model.forward
+
+    def note(input_ids: Tensor, attention_mask: Tensor) -> Any:
+        shapes.append(tuple(input_ids.shape))
+        return forward(input_ids=input_ids, attention_mask=attention_mask)
+
+    monkeypatch.setattr(encoder.model, "forward", note)
+    return shapes
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_t5_encodes_each_caption_once_and_no_longer_than_the_longest(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions = ["a b c", "", "a b c", "d", "", "  a b c ", "e f g h i j", "d", "a b c"]
+    short, plain = (
+        _load(kind, "tiny", weights="random", max_tokens=60, num_lengths=n) for n in (4, 1)
+    )
+    calls, plain_calls = _calls(short, monkeypatch), _calls(plain, monkeypatch)
+    prompt = short.encode(captions)
+    assert calls == [(4, 16)], "four captions, seven tokens"
+    assert prompt.embeds_BLK.shape == (9, 60, 64)
+    for row, caption in enumerate(captions):
+        alone = plain.encode([caption])
+        assert torch.equal(prompt.mask_BL[row], alone.mask_BL[0])
+        torch.testing.assert_close(prompt.embeds_BLK[row], alone.embeds_BLK[0], atol=1e-5, rtol=0)
+    assert plain_calls == [(1, 60)] * 9
+
+    calls.clear()
+    for batch in (["a", "b", "c"], ["a b c d e f g h i j k l m n o p q", *"abcd"], ["x " * 99] * 2):
+        short.encode(batch)
+    # Never more rows than captions; five are filled up by none, since a sixth would be one more.
+    assert calls == [(3, 16), (5, 32), (1, 60)]
+    assert not prompt.embeds_BLK[~prompt.mask_BL].any()
+
+
+def test_t5_lengths_are_few_and_end_with_the_whole() -> None:
+    assert call_lengths(120, 4) == [32, 64, 96, 120]
+    assert call_lengths(512, 4) == [128, 256, 384, 512]
+    assert call_lengths(12, 4) == [8, 12]
+    assert call_lengths(120, 1) == [120]
+    with pytest.raises(ValueError, match="num_lengths=0 must be at least 1: 4 is usual"):
+        call_lengths(120, 0)
 
 
 def test_t5_cuts_long_captions_and_keeps_the_end_token(folders: dict[str, Path]) -> None:
@@ -119,7 +168,7 @@ def test_t5_random_weights_have_the_spread_of_the_class_itself(kind: str) -> Non
     own = getattr(transformers, model_class)(
         getattr(transformers, config_class)(**T5_CONFIGS[kind]["tiny"])
     )
-    ours = _load(kind, "tiny", weights="random")._model
+    ours = _load(kind, "tiny", weights="random").model
     assert ours.shared.weight is ours.encoder.embed_tokens.weight
     for (name, own_parameter), (our_name, our_parameter) in zip(
         own.named_parameters(), ours.named_parameters(), strict=True

@@ -64,3 +64,22 @@ def _lonely():
 
 def test_one_process_needs_no_launcher():
     assert run_in_processes(_lonely, 1) == [(1, 0, 1, True)]
+
+
+def _groups(dp_replicate):
+    mesh = build_mesh(ParallelConfig(dp_replicate=dp_replicate), start_distributed("cpu"))
+    own = mesh.with_own_groups()
+    names = [
+        one.device_mesh.get_group(axis).group_name
+        for one in (mesh, own)
+        for axis in ("dp_replicate", "dp_shard")
+    ]
+    total = torch.tensor([float(mesh.rank)])
+    torch.distributed.all_reduce(total, group=own.device_mesh.get_group("dp_shard"))
+    same = own.fsdp_mesh.mesh.tolist() == mesh.fsdp_mesh.mesh.tolist()
+    return len(set(names)), same, total.item()
+
+
+def test_a_grid_with_groups_of_its_own_has_the_same_processes():
+    assert run_in_processes(_groups, 4, 2) == [(4, True, 1.0)] * 2 + [(4, True, 5.0)] * 2
+    assert [found[:2] for found in run_in_processes(_groups, 2, 1)] == [(4, True)] * 2

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longtake.data import Bucket, MediaSource, View, open_manifest, to_unit_range
+from longtake.data import Bucket, MediaSource, View, open_manifest
 from longtake.encoders import (
     LatentStats,
     TextEncoderConfig,
@@ -64,7 +64,7 @@ def test_statistics_come_back_and_are_finished_alike(tmp_path, manifest, class_n
     pixels = _read_all(MediaSource(config.data, open_manifest(config.data)))
     real = build_video_encoder(video, "cpu")
     # In the calls of the command: all six clips at once.
-    stats = real.encode(to_unit_range(torch.stack(pixels)))
+    stats = real.encode(torch.stack(pixels))
     mean_BCTHW = torch.stack([clip.mean_CTHW for clip in kept])
     assert torch.equal(mean_BCTHW, stats.mean_BCTHW.bfloat16())
     logvars = [clip.logvar_CTHW for clip in kept if clip.logvar_CTHW is not None]
