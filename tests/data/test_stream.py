@@ -71,7 +71,7 @@ def test_a_batch_that_does_not_divide_names_those_that_do() -> None:
         share(3, rank=0, size=4, micro_batches=2)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(
     seed=st.integers(0, 2**40),
     weights=st.lists(st.floats(0.1, 10), min_size=1, max_size=3),

@@ -37,8 +37,20 @@ def _build(name: str):
     return build_model(name, size="tiny", max_caption_tokens=5, **SIZES)
 
 
-def _sharded(name: str, config: ParallelConfig):
-    """Gradients, and how many values the blocks' forwards kept."""
+POLICIES = ("none", "selective", "full")
+
+
+def _sharded(name: str, is_compiled: bool):
+    """By checkpointing policy: gradients, and how many values the blocks' forwards kept."""
+    # Weights are freed between a block's forward and its backward.
+    options = {"reshard_after_forward": True, "compile": is_compiled}
+    return {
+        policy: _of_policy(name, ParallelConfig(checkpointing=policy, **options))
+        for policy in POLICIES
+    }
+
+
+def _of_policy(name: str, config: ParallelConfig):
     # Tracing into forward and backward graphs is what could fail, not generating C++ from them.
     orchestrator = sys.modules["longtake.parallel.parallelize"]
     orchestrator.compile_blocks = lambda blocks: compile_blocks(blocks, backend="aot_eager")
@@ -73,13 +85,8 @@ def test_sharded_model_on_fused_kernels_has_the_gradients_of_plain_torch(is_comp
     with kernels_as(PLAIN):
         _, expected = gradients_of(plain, name, slice(0, 2))
     kept = {}
-    for checkpointing in ("none", "selective", "full"):
-        # Weights are freed between a block's forward and its backward.
-        config = ParallelConfig(
-            reshard_after_forward=True, compile=is_compiled, checkpointing=checkpointing
-        )
-        results = run_in_processes(_sharded, 2, name, config, timeout_seconds=200)
-        found, kept[checkpointing] = results[0]
+    results = run_in_processes(_sharded, 2, name, is_compiled, timeout_seconds=250)
+    for policy, (found, kept[policy]) in results[0].items():
         assert found.keys() == expected.keys()
         for key, gradient in expected.items():
             torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6, msg=key)

@@ -142,7 +142,7 @@ def test_profile_splits_a_step_and_writes_a_report(tmp_path):
     assert "Steps of 2x64x96 at micro-batch 1, 1x32x32 at micro-batch 1" in outcome.out
     profile = json.loads(path.read_text())["profile"]
     assert profile["split"]["parts_ms"]["backward"] > 0
-    assert len(profile["split"]["costliest"]) == 10
+    assert len(profile["split"]["costliest"]) > 10
     outcome = longtake("bench", "profile", "--also-bucket", "32x32")
     assert "expected frames x height x width" in outcome.err
 
