@@ -170,13 +170,13 @@ def _on_line(
     return [
         row(
             "baseline",
-            "baseline: T5 in fp32, VAE eager and unsliced, one after the other",
+            "baseline: T5 in fp32, VAE eager in the largest calls, in turn",
             replace(serial, text_encoder=slow_t5, video_encoder=slow_vae),
             has_plain=True,
         ),
         row("fast-t5", "faster T5 alone", replace(serial, video_encoder=slow_vae)),
         row("fast-vae", "faster VAE alone", replace(serial, text_encoder=slow_t5)),
-        row("serial", "both, one after the other", serial),
+        row("serial", "both, in turn", serial),
         replace(best, title=f"STDiT-XL/2 {size}, both, encoding ahead"),
         replace(
             best,
