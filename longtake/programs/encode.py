@@ -22,6 +22,7 @@ from longtake.config import RunConfig, parse_run
 from longtake.data import Manifest, MediaError, describe_bad, open_manifest
 from longtake.encoders import build_text_encoder, build_video_encoder
 from longtake.parallel import gather_json, start_distributed, stop_distributed
+from longtake.planning import size_text
 from longtake.store import (
     Board,
     Content,
@@ -248,7 +249,7 @@ def _print_work(
     )
     text = f"to encode: {clips:,} clips and {captions:,} captions in {len(work):,} shards"
     if work:
-        text += f", at most {_size(sum(largest_size(item, recipe) for item in work))}"
+        text += f", at most {size_text(sum(largest_size(item, recipe) for item in work))}"
     if content.failures:
         text += f"; {len(content.failures):,} samples have no readable file"
     console.print(text)
@@ -259,7 +260,7 @@ def _print_summary(console: Console, store: Path, index: Index) -> None:
     console.print(
         f"{store} holds {facts['clips']:,} clips and {facts['captions']:,} captions of "
         f"{facts['samples']:,} samples in {len(index.entries.shards):,} shards, "
-        f"{_size(facts['bytes'])}"
+        f"{size_text(facts['bytes'])}"
     )
     if error := facts.get("error_of_8bit"):
         share = error["rms_error"] / error["latents_std"]
@@ -312,17 +313,9 @@ class _Progress:
             f"{done:,}/{tally.total:,}",
             f"{rate:,.1f} items/s",
             f"{left} left",
-            f"{_size(tally.bytes_written)} written",
+            f"{size_text(tally.bytes_written)} written",
         ]
         if tally.reasons:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in tally.reasons.most_common())
             parts.append(f"failed: {reasons}")
         return " · ".join(parts)
-
-
-def _size(num_bytes: int) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:,.1f} {unit}" if unit != "bytes" else f"{num_bytes} bytes"
-        num_bytes /= 1024  # type: ignore[assignment]
-    return f"{num_bytes:,.1f} GiB"
