@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from longtake.data import Batch, to_unit_range
-from longtake.encoders import PromptEmbeds, TextEncoder, VideoEncoder
+from longtake.encoders import LatentStats, PromptEmbeds, TextEncoder, VideoEncoder
 from longtake.randomness import SampleKeys, Stream, normal
 from longtake.store import EncodedBatch
 
@@ -45,24 +45,27 @@ def encode_batch(
 ) -> Inputs:
     """Encode pixels and captions; the posterior noise belongs to the sample, like every other draw.
 
-    Of a batch that was encoded before, only the draw and the scaling are left to do. Without a text
+    Of a batch that was encoded before, only the draw and the scaling are left to do, and what a
+    store lacks. Without a text
     encoder the condition is the batch's labels. `with_sizes` adds what a model with
     micro-conditioning wants.
     """
     captions = batch.captions
     batch = batch.to(device)
     keys = batch.keys(seed)
-    if isinstance(batch, EncodedBatch):
-        stats = batch.stats
-    else:
-        stats = video_encoder.encode(to_unit_range(batch.pixels_BCTHW))
+
+    def encode(pixels_BCTHW: Tensor) -> LatentStats:
+        return video_encoder.encode(to_unit_range(pixels_BCTHW))
+
+    is_encoded = isinstance(batch, EncodedBatch)
+    stats = batch.stats(encode) if is_encoded else encode(batch.pixels_BCTHW)
     noise_BCTHW = None
     if stats.logvar_BCTHW is not None:
         noise_BCTHW = normal(keys, Stream.POSTERIOR, tuple(stats.mean_BCTHW.shape[1:]))
     if text_encoder is None:
         condition = {"labels_B": batch.labels_B}
     elif isinstance(batch, EncodedBatch):
-        condition = _prompt_condition(batch.prompt)
+        condition = _prompt_condition(batch.prompt(text_encoder.encode))
     else:
         condition = text_condition(text_encoder, captions)
     height, width = batch.pixel_size

@@ -1,5 +1,6 @@
 """Arithmetic about runs without running them: tokens, FLOPs, peaks, disks. Plain numbers."""
 
+from longtake.planning.break_even import break_even_steps
 from longtake.planning.disk import (
     FORMS,
     DiskPlan,
@@ -24,6 +25,7 @@ __all__ = [
     "alternatives",
     "assumptions",
     "attention_rate",
+    "break_even_steps",
     "count_tokens",
     "floor_seconds",
     "forward_macs",

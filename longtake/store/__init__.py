@@ -2,7 +2,8 @@
 
 from longtake.store.assemble import failed_samples, make_index, manifest_facts
 from longtake.store.board import Board, Tally, remove_leftovers
-from longtake.store.catalog import read_catalog
+from longtake.store.budget import Budget, Demand, demand_of, remove_shards, shares_kept
+from longtake.store.catalog import Catalog, read_catalog
 from longtake.store.claims import wait_for_claim
 from longtake.store.encoders import (
     StoredTextEncoder,
@@ -13,7 +14,15 @@ from longtake.store.encoders import (
 from longtake.store.forms import Form
 from longtake.store.index import Index, is_store, read_index, write_index
 from longtake.store.keys import Identity, file_keys
-from longtake.store.plan import Content, WorkList, content_of, largest_size, missing_work
+from longtake.store.plan import (
+    Content,
+    Group,
+    WorkList,
+    content_of,
+    largest_size,
+    missing_work,
+)
+from longtake.store.rates import Rates, agreed_rates, group_text, measure_rates
 from longtake.store.reader import EncodedBatch, StoreSource, open_source
 from longtake.store.recipe import Recipe, make_recipe
 from longtake.store.shards import shards_folder
@@ -23,12 +32,17 @@ from longtake.store.writer import encode_captions, encode_clips
 
 __all__ = [
     "Board",
+    "Budget",
+    "Catalog",
     "Content",
     "Damage",
+    "Demand",
     "EncodedBatch",
     "Form",
+    "Group",
     "Identity",
     "Index",
+    "Rates",
     "Recipe",
     "StoreError",
     "StoreSource",
@@ -36,25 +50,31 @@ __all__ = [
     "StoredVideoEncoder",
     "Tally",
     "WorkList",
+    "agreed_rates",
     "check_encoders",
     "content_of",
+    "demand_of",
     "encode_captions",
     "encode_clips",
     "failed_samples",
     "file_keys",
     "find_damage",
+    "group_text",
     "is_store",
     "largest_size",
     "make_index",
     "make_recipe",
     "manifest_facts",
+    "measure_rates",
     "missing_work",
     "open_source",
     "read_catalog",
     "read_index",
     "remove_leftovers",
+    "remove_shards",
     "set_aside",
     "shards_folder",
+    "shares_kept",
     "stored_encoders",
     "wait_for_claim",
     "write_index",
