@@ -60,9 +60,11 @@ def _status(error: Exception) -> int | None:
     # Commands have imported these already; `longtake --help` must not.
     from longtake.data import LoaderError, MediaError, TooManyBadSamples
     from longtake.parallel import PeerError
+    from longtake.store import ClusterError
     from longtake.training import CheckpointError, FolderInUseError
 
-    failures = (CheckpointError, FloatingPointError, LoaderError, PeerError, TooManyBadSamples)
+    failures = (CheckpointError, ClusterError, FloatingPointError, LoaderError, PeerError)
+    failures += (TooManyBadSamples,)
     if isinstance(error, failures):
         return 1
     if isinstance(error, (FolderInUseError, MediaError)):

@@ -12,9 +12,10 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,27 +24,27 @@ from rich.console import Console
 
 from longtake.config import RunConfig, parse_run
 from longtake.data import Manifest, MediaError, describe_bad, open_manifest
-from longtake.encoders import build_text_encoder, build_video_encoder
 from longtake.parallel import gather_json, start_distributed, stop_distributed
 from longtake.planning import break_even_steps, parse_size, size_text
 from longtake.store import (
-    Board,
     Budget,
     Catalog,
+    Cluster,
     Content,
     Damage,
     Demand,
+    Encoding,
     Form,
     Identity,
     Index,
+    Job,
     Recipe,
     Tally,
     WorkList,
     agreed_rates,
+    captions_to_time,
     content_of,
     demand_of,
-    encode_captions,
-    encode_clips,
     failed_samples,
     file_keys,
     find_damage,
@@ -51,9 +52,7 @@ from longtake.store import (
     is_store,
     largest_size,
     make_index,
-    make_recipe,
     manifest_facts,
-    measure_rates,
     missing_work,
     read_catalog,
     remove_leftovers,
@@ -81,7 +80,9 @@ _DESCRIPTION = (
     "keeps what saves most encoding for its bytes and leaves the rest to training; larger or "
     "smaller at the next run, the store grows or shrinks to it. --shard-mib sets the shards' size, "
     "--retry-failed tries clips again that failed before. --dry-run only says what "
-    "there is to do; with --verify it only verifies, and needs neither clips nor encoders."
+    "there is to do; with --verify it only verifies, and needs neither clips nor encoders. "
+    "--engine ray encodes on all machines of a Ray cluster, of --ray-address or RAY_ADDRESS, or on "
+    "this one, with --ray-workers at most."
 )
 
 
@@ -98,6 +99,9 @@ class EncodeCommand:
     verify: bool
     retry_failed: bool
     dry_run: bool
+    engine: Literal["local", "ray"]
+    ray_address: str | None
+    ray_workers: int
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -116,12 +120,19 @@ def parse_encode(arguments: Sequence[str]) -> EncodeCommand:
     base.add_argument("--verify", action="store_true")
     base.add_argument("--retry-failed", action="store_true")
     base.add_argument("--dry-run", action="store_true")
+    base.add_argument("--engine", choices=["local", "ray"], default="local")
+    base.add_argument("--ray-address")
+    base.add_argument("--ray-workers", type=int, default=0)
     chosen, rest = base.parse_known_args(list(arguments))
     config = parse_run(rest, prog="longtake encode", description=_DESCRIPTION)
     if not chosen.output:
         raise ValueError("--output is not set: give the folder of the latent store")
     if not 0 < chosen.shard_mib <= 2**20:
         raise ValueError(f"--shard-mib {chosen.shard_mib} must be above 0: 512 is usual")
+    if chosen.ray_workers < 0:
+        raise ValueError(f"--ray-workers {chosen.ray_workers} must be 0 (all there is) or more")
+    if chosen.engine == "local" and (chosen.ray_address or chosen.ray_workers):
+        raise ValueError("--ray-address and --ray-workers have no effect without --engine ray")
     budget = chosen.disk_budget
     return EncodeCommand(
         config=config,
@@ -133,6 +144,9 @@ def parse_encode(arguments: Sequence[str]) -> EncodeCommand:
         verify=chosen.verify,
         retry_failed=chosen.retry_failed,
         dry_run=chosen.dry_run,
+        engine=chosen.engine,
+        ray_address=chosen.ray_address,
+        ray_workers=chosen.ray_workers,
     )
 
 
@@ -157,16 +171,7 @@ def encode(command: EncodeCommand) -> int:
             return 1 if damages else 0
 
         manifest = open_manifest(config.data)
-        video_encoder = build_video_encoder(config.video_encoder, device, config.seed)
-        text_encoder = build_text_encoder(config.text_encoder, device, config.seed)
-        recipe = make_recipe(
-            config.data,
-            video_config=config.video_encoder,
-            video_encoder=video_encoder,
-            text_config=config.text_encoder,
-            text_encoder=text_encoder,
-            latents=command.latents,
-        )
+        engine, recipe = _start_engine(command, manifest, device, world_size, at_exit, console)
         if config.data.clip_position == "random" and not config.data.clip_places:
             log.info("clips are stored at one place, their beginning: see --data.clip-places")
 
@@ -181,15 +186,7 @@ def encode(command: EncodeCommand) -> int:
         demand = demand_of(content, recipe, config.data)
         budget = None
         if command.disk_budget is not None:
-            measure = partial(
-                measure_rates,
-                manifest,
-                recipe,
-                content,
-                video_encoder=video_encoder,
-                text_encoder=text_encoder,
-                device=device,
-            )
+            measure = partial(engine.measure, captions_to_time(manifest, content))
             rates = agreed_rates(store, recipe, measure, is_kept=not command.dry_run)
             budget = Budget(command.disk_budget, manifest, recipe, content, demand, rates)
 
@@ -230,28 +227,7 @@ def encode(command: EncodeCommand) -> int:
             # What turned out smaller than it might have been leaves room for more.
             while work:
                 tally.total += sum(item.num_items for item in work)
-                boards = {
-                    kind: Board(
-                        store,
-                        [item for item in work if item.kind == kind],
-                        tally,
-                        share=rank,
-                        shares=world_size,
-                    )
-                    for kind in ("text", "clips")
-                }
-                if text_encoder is not None:
-                    encode_captions(
-                        boards["text"], manifest=manifest, recipe=recipe, encoder=text_encoder
-                    )
-                encode_clips(
-                    boards["clips"],
-                    manifest=manifest,
-                    recipe=recipe,
-                    config=config.data,
-                    encoder=video_encoder,
-                    device=device,
-                )
+                engine.encode(work, tally, share=rank, shares=world_size)
                 work = [] if budget is None else missing(read_catalog(store))
         seconds = time.perf_counter() - started
 
@@ -260,8 +236,38 @@ def encode(command: EncodeCommand) -> int:
             remove_leftovers(store)
             index = update_index(read_catalog(store))
             _print_summary(console, store, index)
-            _print_break_even(console, index, content, demand, config, tally, seconds, budget)
+            spent = seconds * engine.num_workers
+            _print_break_even(console, index, content, demand, config, tally, spent, budget)
         return 0
+
+
+def _start_engine(
+    command: EncodeCommand,
+    manifest: Manifest,
+    device: torch.device,
+    world_size: int,
+    at_exit: ExitStack,
+    console: Console,
+) -> tuple[Encoding | Cluster, Recipe]:
+    """What encodes, here or on a cluster, and the recipe by which it does."""
+    config = command.config
+    job = Job(
+        store=command.store.absolute(),
+        data=replace(config.data, manifest=str(manifest.file.absolute())),
+        video=config.video_encoder,
+        text=config.text_encoder,
+        seed=config.seed,
+        latents=command.latents,
+    )
+    if command.engine == "local":
+        engine = Encoding(job, device, manifest)
+        return engine, engine.recipe
+    if world_size > 1:
+        raise ValueError("--engine ray starts its processes itself: do not start it with torchrun")
+    engine = Cluster(job, manifest, address=command.ray_address, workers=command.ray_workers)
+    at_exit.callback(engine.close)
+    console.print(engine.what)
+    return engine, engine.recipe()
 
 
 def _is_empty(folder: Path) -> bool:
@@ -364,7 +370,8 @@ def _print_break_even(
     seconds: float,
     budget: Budget | None,
 ) -> None:
-    """What the store saves a training step, and when encoding has paid for itself."""
+    """What the store saves a training step, and when encoding has paid for itself; `seconds` are
+    those of all processes that `tally` knows of."""
     each = {group: spent / count for group, (count, spent) in tally.encoded.items()}
     if budget is not None:
         each = {group: rate.seconds for group, rate in budget.rates.items()} | each

@@ -1,16 +1,18 @@
 """The latent store: what encoders made of a manifest's clips and captions, kept for all epochs."""
 
 from longtake.store.assemble import failed_samples, make_index, manifest_facts
-from longtake.store.board import Board, Tally, remove_leftovers
+from longtake.store.board import Tally, remove_leftovers
 from longtake.store.budget import Budget, Demand, demand_of, remove_shards, shares_kept
 from longtake.store.catalog import Catalog, read_catalog
 from longtake.store.claims import wait_for_claim
+from longtake.store.cluster import Cluster, ClusterError
 from longtake.store.encoders import (
     StoredTextEncoder,
     StoredVideoEncoder,
     check_encoders,
     stored_encoders,
 )
+from longtake.store.encoding import Encoding, Job
 from longtake.store.forms import Form
 from longtake.store.index import Index, is_store, read_index, write_index
 from longtake.store.keys import Identity, file_keys
@@ -22,26 +24,28 @@ from longtake.store.plan import (
     largest_size,
     missing_work,
 )
-from longtake.store.rates import Rates, agreed_rates, group_text, measure_rates
+from longtake.store.rates import Rates, agreed_rates, captions_to_time, group_text
 from longtake.store.reader import EncodedBatch, StoreSource, open_source
-from longtake.store.recipe import Recipe, make_recipe
+from longtake.store.recipe import Recipe
 from longtake.store.shards import shards_folder
 from longtake.store.tensor_file import StoreError
 from longtake.store.verify import Damage, find_damage, set_aside
-from longtake.store.writer import encode_captions, encode_clips
 
 __all__ = [
-    "Board",
     "Budget",
     "Catalog",
+    "Cluster",
+    "ClusterError",
     "Content",
     "Damage",
     "Demand",
     "EncodedBatch",
+    "Encoding",
     "Form",
     "Group",
     "Identity",
     "Index",
+    "Job",
     "Rates",
     "Recipe",
     "StoreError",
@@ -51,11 +55,10 @@ __all__ = [
     "Tally",
     "WorkList",
     "agreed_rates",
+    "captions_to_time",
     "check_encoders",
     "content_of",
     "demand_of",
-    "encode_captions",
-    "encode_clips",
     "failed_samples",
     "file_keys",
     "find_damage",
@@ -63,9 +66,7 @@ __all__ = [
     "is_store",
     "largest_size",
     "make_index",
-    "make_recipe",
     "manifest_facts",
-    "measure_rates",
     "missing_work",
     "open_source",
     "read_catalog",

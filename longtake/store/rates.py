@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -110,20 +110,26 @@ def _names(recipe: Recipe) -> dict[Group, str]:
     return names
 
 
+def captions_to_time(manifest: Manifest, content: Content) -> list[str]:
+    """A call of the text encoder: the first different captions that the store is to hold."""
+    _, first = np.unique(content.text, return_index=True)
+    ids = np.sort(first[content.text[first] != b""])[:CAPTIONS_PER_CALL].tolist()
+    return [manifest[sample_id].caption for sample_id in ids]
+
+
 def measure_rates(
-    manifest: Manifest,
+    captions: Sequence[str],
     recipe: Recipe,
-    content: Content,
     *,
     video_encoder: VideoEncoder,
     text_encoder: TextEncoder | None,
     device: torch.device,
 ) -> Rates:
-    """Times a few calls of each encoder: of the text encoder on the manifest's captions, of the
-    video encoder on noise, which costs it what pictures cost."""
+    """Times a few calls of each encoder: of the text encoder on some captions, of the video encoder
+    on noise, which costs it what pictures cost."""
     rates: dict[Group, Rate] = {}
     if text_encoder is not None:
-        rates["text", 0] = _text_rate(manifest, content, text_encoder)
+        rates["text", 0] = _text_rate(captions, text_encoder)
     for bucket, (num_frames, height, width) in enumerate(recipe.buckets):
         count = clips_per_call(recipe, bucket)
         shape = (count, 3, num_frames, height, width)
@@ -143,10 +149,7 @@ def measure_rates(
     return rates
 
 
-def _text_rate(manifest: Manifest, content: Content, encoder: TextEncoder) -> Rate:
-    _, first = np.unique(content.text, return_index=True)
-    ids = np.sort(first[content.text[first] != b""])[:CAPTIONS_PER_CALL].tolist()
-    captions = [manifest[sample_id].caption for sample_id in ids]
+def _text_rate(captions: Sequence[str], encoder: TextEncoder) -> Rate:
     # Other ones to warm up: an encoder may remember what it has encoded.
     encoder.encode([f"{number} {caption}" for number, caption in enumerate(captions)])
     started = time.perf_counter()
