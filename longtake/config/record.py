@@ -31,7 +31,8 @@ def run_record(
     store = None
     if config.data.store:
         header = Path(config.data.store) / "store.json"
-        store = {"path": str(header), "sha256": _sha256(header)}
+        is_here = header.is_file()  # or on object storage
+        store = {"path": config.data.store, "sha256": _sha256(header) if is_here else None}
     return {
         "name": config.name,
         "environment": environment(),

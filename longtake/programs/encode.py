@@ -127,6 +127,11 @@ def parse_encode(arguments: Sequence[str]) -> EncodeCommand:
     config = parse_run(rest, prog="longtake encode", description=_DESCRIPTION)
     if not chosen.output:
         raise ValueError("--output is not set: give the folder of the latent store")
+    if "://" in chosen.output:
+        raise ValueError(
+            f"--output {chosen.output}: a store is filled on a file system; copy it to object "
+            "storage afterwards, where training can read it"
+        )
     if not 0 < chosen.shard_mib <= 2**20:
         raise ValueError(f"--shard-mib {chosen.shard_mib} must be above 0: 512 is usual")
     if chosen.ray_workers < 0:

@@ -23,6 +23,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,7 @@ from longtake.encoders import LatentStats, PromptEmbeds
 from longtake.store.forms import unpack
 from longtake.store.index import NOT_STORED, Index, is_store, read_index
 from longtake.store.recipe import bucket_sizes, check_data
+from longtake.store.remote import RemoteStore, is_url
 from longtake.store.shards import shards_folder
 from longtake.store.tensor_file import StoreError, open_file
 
@@ -120,7 +122,9 @@ class StoreSource:
         media: MediaSource | None = None,
     ) -> None:
         """`media` has what the store lacks; its manifest must be the one that was encoded."""
-        self.folder = Path(folder)
+        self.name = str(folder)
+        self.remote = RemoteStore(self.name) if is_url(folder) else None
+        self.folder = Path(folder) if self.remote is None else self.remote.fetch()
         self.media = media
         self.index: Index = read_index(self.folder)
         self.recipe = self.index.recipe
@@ -140,16 +144,16 @@ class StoreSource:
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker that is not forked opens the store itself, instead of being sent the index.
         build = partial(StoreSource, with_text=self.with_text, media=self.media)
-        return build, (self.folder, self.config)
+        return build, (self.name, self.config)
 
     def _check_manifest(self) -> None:
         facts = self.index.facts
         if self.media is None:
             if "disk_budget" in facts and any(self.lacking):
                 raise ValueError(
-                    f"the latent store {self.folder} holds only a part of its samples: give the "
+                    f"the latent store {self.name} holds only a part of its samples: give the "
                     "manifest it was made from as well, and what is missing is encoded in the "
-                    f"step: --data.manifest {facts.get('manifest')} --data.store {self.folder}"
+                    f"step: --data.manifest {facts.get('manifest')} --data.store {self.name}"
                 )
             return
         file = self.media.manifest.file
@@ -157,7 +161,7 @@ class StoreSource:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
         if digest != facts.get("manifest_sha256") or len(self.manifest) != len(self.index.text):
             raise ValueError(
-                f"{file} is not the manifest that the latent store {self.folder} was made from "
+                f"{file} is not the manifest that the latent store {self.name} was made from "
                 f"({facts.get('manifest')}), or has changed since: run longtake encode again, "
                 "which encodes only what is new"
             )
@@ -215,16 +219,20 @@ class StoreSource:
             reason, text = self.index.failures[NOT_STORED - 1 - row]
             raise MediaError(path, reason, text)  # type: ignore[arg-type]
         if row == NOT_STORED:
-            text = f"not in the latent store {self.folder}: run longtake encode again"
+            text = f"not in the latent store {self.name}: run longtake encode again"
             raise MediaError(path, "missing", text)
         entries = self.index.entries
         shard = int(entries.shard_of[row])
         name = entries.shards[shard]
         data = torch.empty(int(entries.sizes[row]), dtype=torch.uint8)
+        begin = int(entries.begins[row])
         try:
-            count = os.preadv(
-                self._file(shard, name), [data.numpy().data], int(entries.begins[row])
-            )
+            if self.remote is None:
+                count = os.preadv(self._file(shard, name), [data.numpy().data], begin)
+            else:
+                raw = self.remote.read(f"shards/{name}", begin, len(data))
+                count = len(raw)
+                data.numpy()[: len(raw)] = np.frombuffer(raw, np.uint8)[: len(data)]
         except (OSError, StoreError) as error:
             text = f"shard {name} of the latent store cannot be read ({error})"
             raise MediaError(path, "unreadable", text) from error
@@ -349,7 +357,7 @@ def open_source(data: DataConfig, manifest: str | None = None, *, with_text: boo
         ValueError: the manifest or the store cannot be used, or the store not with this config.
     """
     path = manifest or data.manifest
-    if path and is_store(Path(path)):
+    if path and (is_url(path) or is_store(Path(path))):
         if data.store and manifest is None:
             raise ValueError(
                 f"data.manifest={path} is a latent store itself: give the manifest of the media "
@@ -358,7 +366,7 @@ def open_source(data: DataConfig, manifest: str | None = None, *, with_text: boo
         return StoreSource(path, data, with_text=with_text)
     media = MediaSource(data, open_manifest(data, manifest))
     if data.store and manifest is None:
-        if not is_store(Path(data.store)):
+        if not is_url(data.store) and not is_store(Path(data.store)):
             raise ValueError(
                 f"data.store={data.store} is not a latent store: make one with longtake encode "
                 "--output, or leave it unset"

@@ -55,7 +55,7 @@ def _workers(driver: int) -> list[int]:
     return [pid for pid in found if parents.get(parents.get(pid, 0)) == driver]
 
 
-@pytest.mark.ray
+@pytest.mark.services
 def test_a_worker_is_killed_and_the_store_is_as_if_it_had_not_been(tmp_path, config):
     expected, store = tmp_path / "expected", tmp_path / "store"
     assert encode_here(config, expected, *ONE_SAMPLE) == 0
@@ -96,7 +96,7 @@ def test_a_worker_is_killed_and_the_store_is_as_if_it_had_not_been(tmp_path, con
     assert "break-even" in out
 
 
-@pytest.mark.ray
+@pytest.mark.services
 def test_a_cluster_that_is_not_there_is_an_error(tmp_path, config):
     arguments = ["encode", "--config", save_config(config), "--output", tmp_path / "store"]
     arguments += ["--engine", "ray", "--ray-address", "auto"]
