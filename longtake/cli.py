@@ -16,6 +16,7 @@ _COMMANDS = {
     "train": "train a model on a manifest of clips, or on a latent store",
     "sample": "generate videos or images from a run's checkpoint",
     "convert": "read public weights strictly; write safetensors or diffusers' layout",
+    "plan": "arithmetic beforehand: the space that a data set's encodings take",
     "doctor": "check this environment, a manifest, or both",
     "bench": "measure how fast this machine trains, beside plain torch and a floor",
 }
@@ -59,9 +60,11 @@ def _status(error: Exception) -> int | None:
     # Commands have imported these already; `longtake --help` must not.
     from longtake.data import LoaderError, MediaError, TooManyBadSamples
     from longtake.parallel import PeerError
+    from longtake.store import ClusterError
     from longtake.training import CheckpointError, FolderInUseError
 
-    failures = (CheckpointError, FloatingPointError, LoaderError, PeerError, TooManyBadSamples)
+    failures = (CheckpointError, ClusterError, FloatingPointError, LoaderError, PeerError)
+    failures += (TooManyBadSamples,)
     if isinstance(error, failures):
         return 1
     if isinstance(error, (FolderInUseError, MediaError)):

@@ -65,6 +65,7 @@ ALLOWED: dict[str, set[str]] = {
 # Planning is arithmetic that must run anywhere; it imports the standard library alone.
 STANDARD_LIBRARY_ONLY = {"planning"}
 OPTIONAL_PACKAGES = {"diffusers", "transformers", "tensorboard", "matplotlib", "wandb", "pyarrow"}
+OPTIONAL_PACKAGES |= {"ray"}
 
 
 def _room(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 from longtake.config.layers import kernels_by_layer
@@ -26,8 +27,12 @@ def run_record(
 ) -> dict[str, Any]:
     """The record of a run that is about to start, as plain JSON values."""
     encoders = [encoder for encoder in (video_encoder, text_encoder) if encoder is not None]
-    with open(manifest.file, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = _sha256(manifest.file)
+    store = None
+    if config.data.store:
+        header = Path(config.data.store) / "store.json"
+        is_here = header.is_file()  # or on object storage
+        store = {"path": config.data.store, "sha256": _sha256(header) if is_here else None}
     return {
         "name": config.name,
         "environment": environment(),
@@ -40,7 +45,8 @@ def run_record(
             "video": video_encoder.provenance,
             "text": text_encoder.provenance if text_encoder else None,
         },
-        "data": {"manifest": str(manifest.file), "sha256": digest, "samples": len(manifest)},
+        "data": {"manifest": str(manifest.file), "sha256": digest, "samples": len(manifest)}
+        | ({"store": store} if store else {}),
         "parallel": {
             "processes": mesh.world_size,
             "dp_replicate": mesh.dp_replicate,
@@ -60,3 +66,8 @@ def run_record(
             "kernels_ruled_out": {" ".join(choice): why for choice, why in ruled_out().items()},
         },
     }
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

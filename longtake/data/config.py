@@ -15,6 +15,8 @@ class DataConfig:
 
     manifest: str = ""
     """CSV, JSONL or Parquet file with a column `path`; see `longtake.data.manifest`."""
+    store: str = ""
+    """Latent store made from this manifest: what it holds is read, the rest is encoded."""
     root: str | None = None
     """Folder that the manifest's paths are relative to; None is the manifest's own."""
     allow_outside_root: bool = False

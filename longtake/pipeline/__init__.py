@@ -2,7 +2,12 @@
 
 from longtake.pipeline.ahead import EncodedStep, encoded_steps, encodes_ahead, in_turn
 from longtake.pipeline.clips import write_clips
-from longtake.pipeline.encoders import build_encoders, text_placement
+from longtake.pipeline.encoders import (
+    build_encoders,
+    ready_text_encoder,
+    ready_video_encoder,
+    text_placement,
+)
 from longtake.pipeline.generate import Request, generate, to_uint8
 from longtake.pipeline.inputs import Inputs, encode_batch
 from longtake.pipeline.loss import training_loss
@@ -21,6 +26,8 @@ __all__ = [
     "encodes_ahead",
     "generate",
     "in_turn",
+    "ready_text_encoder",
+    "ready_video_encoder",
     "text_placement",
     "to_uint8",
     "training_loss",

@@ -29,25 +29,35 @@ _SHARE_OF_MEMORY = 0.25
 def build_encoders(
     video_config: VideoEncoderConfig, text_config: TextEncoderConfig, mesh: Mesh, seed: int
 ) -> tuple[VideoEncoder, TextEncoder | None]:
-    """The configured encoders on this process's device; text is None for a run with labels.
+    """Both encoders on this process's device; text is None for a run with labels."""
+    video = ready_video_encoder(video_config, mesh, seed)
+    return video, ready_text_encoder(text_config, mesh, seed)
+
+
+def ready_video_encoder(config: VideoEncoderConfig, mesh: Mesh, seed: int) -> VideoEncoder:
+    """The configured video encoder, compiled where it is to be.
 
     Raises:
         ValueError: a setting does not go with the encoder it is for.
     """
-    device = mesh.device
-    video = build_video_encoder(video_config, device, seed)
-    _prepare_video(video, video_config, device)
-    text = build_text_encoder(text_config, device, seed)
+    video = build_video_encoder(config, mesh.device, seed)
+    _prepare_video(video, config, mesh.device)
+    return video
+
+
+def ready_text_encoder(config: TextEncoderConfig, mesh: Mesh, seed: int) -> TextEncoder | None:
+    """The configured text encoder, compiled and sharded where it is to be; None for labels."""
+    text = build_text_encoder(config, mesh.device, seed)
     if isinstance(text, T5Encoder):
-        if text_config.compile or (text_config.compile is None and device.type == "cuda"):
+        if config.compile or (config.compile is None and mesh.device.type == "cuda"):
             compile_blocks(text.blocks)
-        if text_config.placement == "sharded" and mesh.dp_shard == 1 and mesh.world_size > 1:
+        if config.placement == "sharded" and mesh.dp_shard == 1 and mesh.world_size > 1:
             log.warning(
                 "text_encoder.placement=sharded has no effect with parallel.dp_shard=1: no two "
                 "processes share weights, so each holds the whole text encoder"
             )
         # After compilation, as for the transformer: weights are gathered outside of the graphs.
-        if text_placement(text_config, text, mesh) == "sharded":
+        if text_placement(config, text, mesh) == "sharded":
             shard_blocks(
                 text.model,
                 text.blocks,
@@ -55,7 +65,7 @@ def build_encoders(
                 param_dtype=text.dtype,
                 reshard_after_forward=True,
             )
-    return video, text
+    return text
 
 
 def text_placement(config: TextEncoderConfig, text: TextEncoder | None, mesh: Mesh) -> str:

@@ -45,22 +45,21 @@ def encode_batch(
 ) -> Inputs:
     """Encode pixels and captions; the posterior noise belongs to the sample, like every other draw.
 
-    Of a batch that was encoded before, only the draw and the scaling are left to do. Without text
-    the condition is the batch's labels. `with_sizes` adds what a model with micro-conditioning
-    wants.
+    Of a batch that was encoded before, only the draw and the scaling are left to do, and what a
+    store lacks. Without text the condition is the batch's labels. `with_sizes` adds what a model
+    with micro-conditioning wants.
     """
     captions = batch.captions
     batch = batch.to(device)
     keys = batch.keys(seed)
-    if isinstance(batch, EncodedBatch):
-        stats = batch.stats
-    else:
-        stats = video_encoder.encode(batch.pixels_BCTHW)
+    is_encoded = isinstance(batch, EncodedBatch)
+    encode = video_encoder.encode
+    stats = batch.stats(encode) if is_encoded else encode(batch.pixels_BCTHW)
     noise_BCTHW = None
     if stats.logvar_BCTHW is not None:
         noise_BCTHW = normal(keys, Stream.POSTERIOR, tuple(stats.mean_BCTHW.shape[1:]))
-    if isinstance(batch, EncodedBatch) and batch.embeds_BLK is not None:
-        condition = _prompt_condition(batch.prompt)
+    if is_encoded and batch.embeds_BLK is not None:
+        condition = _prompt_condition(batch.prompt(None if text_encoder is None else text_encoder.encode))
     elif text_encoder is None:
         condition = {"labels_B": batch.labels_B}
     else:

@@ -1,17 +1,21 @@
 """Encode: a manifest's clips and captions into a latent store, which `train` reads in their stead.
 
-config → encoders → verify → which files → what is missing → encode, shard by shard → index
+config → encoders → verify → which files → what is missing, and what of it the disk has room for →
+encode, shard by shard → index
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,34 +24,42 @@ from rich.console import Console
 
 from longtake.config import RunConfig, parse_run
 from longtake.data import Manifest, MediaError, describe_bad, open_manifest
-from longtake.encoders import build_text_encoder, build_video_encoder
 from longtake.parallel import gather_json, start_distributed, stop_distributed
+from longtake.planning import break_even_steps, parse_size, size_text
 from longtake.store import (
-    Board,
+    Budget,
+    Catalog,
+    Cluster,
     Content,
     Damage,
+    Demand,
+    Encoding,
     Form,
     Identity,
     Index,
+    Job,
     Recipe,
     Tally,
     WorkList,
+    agreed_rates,
+    captions_to_time,
     content_of,
-    encode_captions,
-    encode_clips,
+    demand_of,
     failed_samples,
     file_keys,
     find_damage,
+    group_text,
     is_store,
     largest_size,
     make_index,
-    make_recipe,
     manifest_facts,
     missing_work,
     read_catalog,
     remove_leftovers,
+    remove_shards,
     set_aside,
     shards_folder,
+    shares_kept,
     wait_for_claim,
     write_index,
 )
@@ -64,9 +76,13 @@ _DESCRIPTION = (
     "with --data.manifest STORE. Start from the preset or config that will train. On a store that "
     "is there, only what is new or changed is encoded. --latents 8bit takes half the space. "
     "--verify reads every byte first and encodes again what is damaged. --identity size-mtime "
-    "knows files by name, size and time instead of reading them all (sha256). --shard-mib sets the "
-    "shards' size, --retry-failed tries clips again that failed before. --dry-run only says what "
-    "there is to do; with --verify it only verifies, and needs neither clips nor encoders."
+    "knows files by name, size and time instead of reading them all (sha256). --disk-budget 2TB "
+    "keeps what saves most encoding for its bytes and leaves the rest to training; larger or "
+    "smaller at the next run, the store grows or shrinks to it. --shard-mib sets the shards' size, "
+    "--retry-failed tries clips again that failed before. --dry-run only says what "
+    "there is to do; with --verify it only verifies, and needs neither clips nor encoders. "
+    "--engine ray encodes on all machines of a Ray cluster, of --ray-address or RAY_ADDRESS, or on "
+    "this one, with --ray-workers at most."
 )
 
 
@@ -79,9 +95,13 @@ class EncodeCommand:
     latents: Form
     identity: Identity
     shard_mib: float
+    disk_budget: int | None
     verify: bool
     retry_failed: bool
     dry_run: bool
+    engine: Literal["local", "ray"]
+    ray_address: str | None
+    ray_workers: int
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -96,24 +116,42 @@ def parse_encode(arguments: Sequence[str]) -> EncodeCommand:
     base.add_argument("--latents", choices=["bf16", "8bit"], default="bf16")
     base.add_argument("--identity", choices=["sha256", "size-mtime"], default="sha256")
     base.add_argument("--shard-mib", type=float, default=512.0)
+    base.add_argument("--disk-budget")
     base.add_argument("--verify", action="store_true")
     base.add_argument("--retry-failed", action="store_true")
     base.add_argument("--dry-run", action="store_true")
+    base.add_argument("--engine", choices=["local", "ray"], default="local")
+    base.add_argument("--ray-address")
+    base.add_argument("--ray-workers", type=int, default=0)
     chosen, rest = base.parse_known_args(list(arguments))
     config = parse_run(rest, prog="longtake encode", description=_DESCRIPTION)
     if not chosen.output:
         raise ValueError("--output is not set: give the folder of the latent store")
+    if "://" in chosen.output:
+        raise ValueError(
+            f"--output {chosen.output}: a store is filled on a file system; copy it to object "
+            "storage afterwards, where training can read it"
+        )
     if not 0 < chosen.shard_mib <= 2**20:
         raise ValueError(f"--shard-mib {chosen.shard_mib} must be above 0: 512 is usual")
+    if chosen.ray_workers < 0:
+        raise ValueError(f"--ray-workers {chosen.ray_workers} must be 0 (all there is) or more")
+    if chosen.engine == "local" and (chosen.ray_address or chosen.ray_workers):
+        raise ValueError("--ray-address and --ray-workers have no effect without --engine ray")
+    budget = chosen.disk_budget
     return EncodeCommand(
         config=config,
         store=Path(chosen.output),
         latents=chosen.latents,
         identity=chosen.identity,
         shard_mib=chosen.shard_mib,
+        disk_budget=None if budget is None else parse_size(budget, name="--disk-budget"),
         verify=chosen.verify,
         retry_failed=chosen.retry_failed,
         dry_run=chosen.dry_run,
+        engine=chosen.engine,
+        ray_address=chosen.ray_address,
+        ray_workers=chosen.ray_workers,
     )
 
 
@@ -138,16 +176,7 @@ def encode(command: EncodeCommand) -> int:
             return 1 if damages else 0
 
         manifest = open_manifest(config.data)
-        video_encoder = build_video_encoder(config.video_encoder, device, config.seed)
-        text_encoder = build_text_encoder(config.text_encoder, device, config.seed)
-        recipe = make_recipe(
-            config.data,
-            video_config=config.video_encoder,
-            video_encoder=video_encoder,
-            text_config=config.text_encoder,
-            text_encoder=text_encoder,
-            latents=command.latents,
-        )
+        engine, recipe = _start_engine(command, manifest, device, world_size, at_exit, console)
         if config.data.clip_position == "random" and not config.data.clip_places:
             log.info("clips are stored at one place, their beginning: see --data.clip-places")
 
@@ -159,52 +188,91 @@ def encode(command: EncodeCommand) -> int:
 
         keys, failures = _file_keys(manifest, command.identity, rank, world_size)
         content = content_of(manifest, recipe, keys, failures)
-        work = missing_work(
-            content,
-            recipe,
-            catalog,
-            shard_bytes=int(command.shard_mib * 2**20),
-            retry_failed=command.retry_failed,
-        )
+        demand = demand_of(content, recipe, config.data)
+        budget = None
+        if command.disk_budget is not None:
+            measure = partial(engine.measure, captions_to_time(manifest, content))
+            rates = agreed_rates(store, recipe, measure, is_kept=not command.dry_run)
+            budget = Budget(command.disk_budget, manifest, recipe, content, demand, rates)
+
+        def missing(catalog: Catalog) -> list[WorkList]:
+            """What is to be done: all that the store lacks, or as much as there is room for."""
+            wanted = int(command.shard_mib * 2**20)
+            work = missing_work(
+                content,
+                recipe,
+                catalog,
+                shard_bytes=wanted if budget is None else budget.shard_bytes(wanted),
+                retry_failed=command.retry_failed,
+                demand=demand,
+            )
+            return work if budget is None else budget.affordable(work, catalog)
+
+        def update_index(catalog: Catalog) -> Index:
+            with wait_for_claim(store, "index"):
+                facts = manifest_facts(manifest.file) | {"identity": command.identity}
+                if budget is not None:
+                    facts["disk_budget"] = budget.size
+                index = make_index(manifest, recipe, content, catalog, facts)
+                write_index(store, index)
+            return index
+
+        if budget is not None:
+            catalog = _make_room(
+                console, store, budget, catalog, update_index if rank == 0 else None, command
+            )
+        work = missing(catalog)
         _print_work(console, work, content, recipe)
         if command.dry_run:
             return 0
 
         shards_folder(store).mkdir(parents=True, exist_ok=True)
-        tally = Tally(total=sum(item.num_items for item in work))
-        boards = {
-            kind: Board(
-                store,
-                [item for item in work if item.kind == kind],
-                tally,
-                share=rank,
-                shares=world_size,
-            )
-            for kind in ("text", "clips")
-        }
+        tally, started = Tally(), time.perf_counter()
         with _Progress(console, tally):
-            if text_encoder is not None:
-                encode_captions(
-                    boards["text"], manifest=manifest, recipe=recipe, encoder=text_encoder
-                )
-            encode_clips(
-                boards["clips"],
-                manifest=manifest,
-                recipe=recipe,
-                config=config.data,
-                encoder=video_encoder,
-                device=device,
-            )
+            # What turned out smaller than it might have been leaves room for more.
+            while work:
+                tally.total += sum(item.num_items for item in work)
+                engine.encode(work, tally, share=rank, shares=world_size)
+                work = [] if budget is None else missing(read_catalog(store))
+        seconds = time.perf_counter() - started
 
         # All lists are done when a process comes here, whoever did them: one index is enough.
         if rank == 0:
             remove_leftovers(store)
-            with wait_for_claim(store, "index"):
-                facts = manifest_facts(manifest.file) | {"identity": command.identity}
-                index = make_index(manifest, recipe, content, read_catalog(store), facts)
-                write_index(store, index)
+            index = update_index(read_catalog(store))
             _print_summary(console, store, index)
+            spent = seconds * engine.num_workers
+            _print_break_even(console, index, content, demand, config, tally, spent, budget)
         return 0
+
+
+def _start_engine(
+    command: EncodeCommand,
+    manifest: Manifest,
+    device: torch.device,
+    world_size: int,
+    at_exit: ExitStack,
+    console: Console,
+) -> tuple[Encoding | Cluster, Recipe]:
+    """What encodes, here or on a cluster, and the recipe by which it does."""
+    config = command.config
+    job = Job(
+        store=command.store.absolute(),
+        data=replace(config.data, manifest=str(manifest.file.absolute())),
+        video=config.video_encoder,
+        text=config.text_encoder,
+        seed=config.seed,
+        latents=command.latents,
+    )
+    if command.engine == "local":
+        engine = Encoding(job, device, manifest)
+        return engine, engine.recipe
+    if world_size > 1:
+        raise ValueError("--engine ray starts its processes itself: do not start it with torchrun")
+    engine = Cluster(job, manifest, address=command.ray_address, workers=command.ray_workers)
+    at_exit.callback(engine.close)
+    console.print(engine.what)
+    return engine, engine.recipe()
 
 
 def _is_empty(folder: Path) -> bool:
@@ -248,10 +316,109 @@ def _print_work(
     )
     text = f"to encode: {clips:,} clips and {captions:,} captions in {len(work):,} shards"
     if work:
-        text += f", at most {_size(sum(largest_size(item, recipe) for item in work))}"
+        text += f", at most {size_text(sum(largest_size(item, recipe) for item in work))}"
     if content.failures:
         text += f"; {len(content.failures):,} samples have no readable file"
     console.print(text)
+
+
+def _make_room(
+    console: Console,
+    store: Path,
+    budget: Budget,
+    catalog: Catalog,
+    update_index: Callable[[Catalog], Index] | None,
+    command: EncodeCommand,
+) -> Catalog:
+    """Removes what a budget has no room for; returns what is left."""
+    if budget.size < budget.index_bytes:
+        raise ValueError(
+            f"--disk-budget {size_text(budget.size)} is less than the index of "
+            f"{len(budget.manifest):,} samples may take, {size_text(budget.index_bytes)}: give more"
+        )
+    missing = missing_work(
+        budget.content, budget.recipe, catalog, shard_bytes=2**62, retry_failed=command.retry_failed
+    )
+    names = budget.too_much(catalog, missing)
+    kept = read_catalog(store, without=names) if names else catalog
+    if not command.dry_run:
+        if names and update_index is not None:
+            # First the index: a store never names what it does not have.
+            update_index(kept)
+            remove_shards(store, names)
+        dist.barrier()
+    sizes = dict(zip(catalog.shards, catalog.shard_sizes, strict=True))
+    before, budget_text = size_text(sum(sizes.values())), size_text(budget.size)
+    text = f"disk budget {budget_text}: {before} in {len(sizes):,} shards"
+    if names:
+        verb = "would be removed" if command.dry_run else "removed, being worth least"
+        text += (
+            f", of which {len(names):,} with {size_text(sum(sizes[name] for name in names))} {verb}"
+        )
+    console.print(f"{text}; room for {size_text(budget.room(kept))} more beside the index")
+    for group, rate in budget.rates.items():
+        console.print(
+            f"  {group_text(group, budget.recipe)}: {_seconds(rate.seconds)} of encoding and "
+            f"{size_text(rate.num_bytes)} each, {_seconds(rate.seconds / rate.num_bytes * 1e6)} "
+            "per MB"
+        )
+    return kept
+
+
+def _print_break_even(
+    console: Console,
+    index: Index,
+    content: Content,
+    demand: Demand,
+    config: RunConfig,
+    tally: Tally,
+    seconds: float,
+    budget: Budget | None,
+) -> None:
+    """What the store saves a training step, and when encoding has paid for itself; `seconds` are
+    those of all processes that `tally` knows of."""
+    each = {group: spent / count for group, (count, spent) in tally.encoded.items()}
+    if budget is not None:
+        each = {group: rate.seconds for group, rate in budget.rates.items()} | each
+    shares = shares_kept(index, content, demand)
+    if any(share.group not in each for share in shares):
+        return  # nothing of some kind was encoded in this run, so it has no rates
+    if budget is not None:
+        for share in shares:
+            part = share.kept / share.needed if share.needed else 1.0
+            console.print(
+                f"  {group_text(share.group, index.recipe)}: {share.kept:,} of {share.needed:,} "
+                f"kept ({part:.0%})"
+            )
+    saved = sum(share.kept_per_step * each[share.group] for share in shares)
+    asked = sum(share.needed_per_step * each[share.group] for share in shares)
+    encoded = sum(spent for _, spent in tally.encoded.values())
+    if not encoded:
+        return
+    # Decoding, waiting and writing, on top of the encoders' own time.
+    factor = max(1.0, seconds / encoded)
+    ahead = factor * sum(share.kept * each[share.group] for share in shares)
+    steps = break_even_steps(ahead_seconds=ahead, saved_per_step=saved)
+    if math.isinf(steps):
+        return
+    buckets = config.data.buckets
+    total = sum(bucket.weight for bucket in buckets)
+    samples = sum(bucket.weight / total * bucket.batch_size for bucket in buckets)
+    console.print(
+        f"break-even: a training step asks for {_seconds(asked)} of encoding, all processes "
+        f"together; the store saves {_seconds(saved)} of it ({saved / asked:.0%}). Encoding all it "
+        f"holds takes {_seconds(ahead)} ({factor:.1f} times the encoders' own time) and wins after "
+        f"{steps:,.0f} steps, {steps * samples / len(index.manifest):,.1f} epochs, against a run "
+        "that encodes within the step; later against one whose encoders work beside the transformer"
+    )
+
+
+def _seconds(value: float) -> str:
+    for unit in ("s", "ms", "us"):
+        if value >= 1 or unit == "us":
+            return f"{value:,.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+        value *= 1000
+    raise AssertionError
 
 
 def _print_summary(console: Console, store: Path, index: Index) -> None:
@@ -259,7 +426,7 @@ def _print_summary(console: Console, store: Path, index: Index) -> None:
     console.print(
         f"{store} holds {facts['clips']:,} clips and {facts['captions']:,} captions of "
         f"{facts['samples']:,} samples in {len(index.entries.shards):,} shards, "
-        f"{_size(facts['bytes'])}"
+        f"{size_text(facts['bytes'])}"
     )
     if error := facts.get("error_of_8bit"):
         share = error["rms_error"] / error["latents_std"]
@@ -312,17 +479,9 @@ class _Progress:
             f"{done:,}/{tally.total:,}",
             f"{rate:,.1f} items/s",
             f"{left} left",
-            f"{_size(tally.bytes_written)} written",
+            f"{size_text(tally.bytes_written)} written",
         ]
         if tally.reasons:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in tally.reasons.most_common())
             parts.append(f"failed: {reasons}")
         return " · ".join(parts)
-
-
-def _size(num_bytes: int) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:,.1f} {unit}" if unit != "bytes" else f"{num_bytes} bytes"
-        num_bytes /= 1024  # type: ignore[assignment]
-    return f"{num_bytes:,.1f} GiB"

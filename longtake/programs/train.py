@@ -60,11 +60,12 @@ from longtake.pipeline import (
     Inputs,
     Request,
     Trainee,
-    build_encoders,
     encode_batch,
     encoded_steps,
     encodes_ahead,
     generate,
+    ready_text_encoder,
+    ready_video_encoder,
     text_placement,
     to_uint8,
     training_step,
@@ -308,17 +309,29 @@ def _encoders(
     config: RunConfig, source: Source, mesh: Mesh
 ) -> tuple[VideoEncoder, TextEncoder | None]:
     """The run's encoders; of a run that reads a latent store, what is left for them to do."""
+
+    def build_video() -> VideoEncoder:
+        return ready_video_encoder(config.video_encoder, mesh, config.seed)
+
+    def build_text() -> TextEncoder | None:
+        return ready_text_encoder(config.text_encoder, mesh, config.seed)
+
     if not isinstance(source, StoreSource):
-        return build_encoders(config.video_encoder, config.text_encoder, mesh, config.seed)
+        return build_video(), build_text()
     video, text = stored_encoders(
         source.recipe, config.video_encoder, config.text_encoder, mesh.device, config.seed
     )
+    lacks_clips, lacks_text = source.lacking if source.media is not None else (False, False)
     if config.sampling.prompts or config.sampling.labels:
         # Sampling comes late in a run; that its encoders are not the store's must not.
-        video.real.check()
-        if text is not None:
+        if not lacks_clips:
+            video.real.check()
+        if text is not None and not lacks_text:
             text.real.check()
-    return video, text
+    # What the store has not got, the step encodes as if there were no store.
+    encoders = (build_video() if lacks_clips else video, build_text() if lacks_text else text)
+    check_encoders(source.recipe, *encoders)
+    return encoders
 
 
 def _release(*encoders: VideoEncoder | TextEncoder | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longtake.store.claims import Claim, take_claim
-from longtake.store.plan import WorkList
+from longtake.store.plan import Group, WorkList
 from longtake.store.shards import Failure, Record, shard_names, shards_folder, write_shard
 
 
@@ -28,6 +28,8 @@ class Tally:
     """By all."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Why clips failed -> how many, in this process."""
+    encoded: dict[Group, tuple[int, float]] = field(default_factory=dict)
+    """Items that this process's encoders took, and their seconds."""
     on_change: Callable[[Tally], None] = lambda tally: None
 
 
@@ -88,6 +90,11 @@ class Board:
         self._held.pop(_name(item)).release()
         self.tally.bytes_written += path.stat().st_size
         self._notice_others()
+
+    def time(self, item: WorkList, num_items: int, seconds: float) -> None:
+        """Notes how long the encoder took for some items of a list."""
+        before = self.tally.encoded.get(item.group, (0, 0.0))
+        self.tally.encoded[item.group] = (before[0] + num_items, before[1] + seconds)
 
     def count(self, num_items: int, failures: Sequence[Failure] = ()) -> None:
         """Notes items that were encoded, or failed, and wait to be written."""

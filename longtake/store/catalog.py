@@ -3,6 +3,7 @@ old."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,14 @@ class Catalog:
         return np.where(self.keys[places] == keys, places, -1)
 
 
-def read_catalog(store: Path) -> Catalog:
-    """Reads every shard's header. Of entries that several shards hold, the first by name counts."""
+def read_catalog(store: Path, *, without: Collection[str] = ()) -> Catalog:
+    """Reads every shard's header, but those of `without`. Of entries that several shards hold, the
+    first by name counts."""
     shards: list[Shard] = []
     damaged: dict[str, str] = {}
     for name in shard_names(store):
+        if name in without:
+            continue
         try:
             shards.append(read_shard(store, name))
         except StoreError as error:

@@ -112,7 +112,7 @@ def write_index(store: Path, index: Index) -> None:
     before = _index_name(store)
     for leftover in (*store.glob(".index.*.tmp"), *store.glob(f".{HEADER}.*.tmp")):
         leftover.unlink(missing_ok=True)  # of a process that ended here; this one has the claim
-    _replace(store / HEADER, json.dumps({"crc32": _crc(body), "store": body}, indent=1))
+    replace_file(store / HEADER, json.dumps({"crc32": checksum_of(body), "store": body}, indent=1))
     # The one that was in use may be about to be opened; those before it are not.
     for old in store.glob(f"index-*{SUFFIX}"):
         if _INDEX_NAME.fullmatch(old.name) and old.name not in (path.name, before):
@@ -178,7 +178,7 @@ def read_store_header(store: Path) -> dict[str, Any]:
     try:
         document = json.loads(raw)
         body = document["store"]
-        is_whole = document["crc32"] == _crc(body)
+        is_whole = document["crc32"] == checksum_of(body)
         version, name = body["format"], body["index"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(path, f"is damaged: it cannot be read ({error!r:.100})") from error
@@ -290,7 +290,8 @@ def _index_name(store: Path) -> str | None:
         return None
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Makes this the text of a file, durably and at once."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with open(temporary, "x", encoding="utf-8") as file:
         file.write(text)
@@ -300,5 +301,6 @@ def _replace(path: Path, text: str) -> None:
     fsync_folder(path.parent)
 
 
-def _crc(body: Any) -> int:
+def checksum_of(body: Any) -> int:
+    """CRC-32 of a JSON value without spaces and with sorted keys."""
     return zlib.crc32(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())

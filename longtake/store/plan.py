@@ -24,6 +24,10 @@ from longtake.store.shards import KEY_DTYPE, Kind
 _MAX_ENTRIES = 20_000
 
 
+Group = tuple[Kind, int]
+"""The clips of a bucket, or the captions (bucket 0)."""
+
+
 @dataclass(frozen=True)
 class Content:
     """The keys of all that a manifest needs; zeros where a sample needs nothing."""
@@ -32,6 +36,11 @@ class Content:
     text: np.ndarray  # S16 (samples,)
     failures: Mapping[int, MediaError]
     """Samples whose file could not even be opened."""
+
+    def keys_of(self, group: Group) -> np.ndarray:
+        """S16 (samples, variants)."""
+        kind, bucket = group
+        return self.text[:, None] if kind == "text" else self.clips[bucket]
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,10 @@ class WorkList:
     sample_ids: np.ndarray  # int64 (n,)
     missing: np.ndarray  # bool (n, variants)
     keys: np.ndarray  # S16 (n, variants)
+
+    @property
+    def group(self) -> Group:
+        return self.kind, self.bucket
 
     @property
     def num_items(self) -> int:
@@ -93,20 +106,22 @@ def missing_work(
     *,
     shard_bytes: int,
     retry_failed: bool = False,
+    demand: Mapping[Group, np.ndarray] | None = None,
 ) -> list[WorkList]:
     """What the store lacks, in lists of `shard_bytes` at most (or one sample); captions first.
 
-    Clips that failed before count as done, unless they are to be tried again.
+    Clips that failed before count as done, unless they are to be tried again. With `demand`, a
+    number for each sample, those that are asked for most often come first among their like.
     """
     tried = np.array([] if retry_failed else list(catalog.failures), KEY_DTYPE)
     work = []
     if recipe.text is not None:
         captions = min(_MAX_ENTRIES, max(1, shard_bytes // _largest("text", 0, recipe)))
-        work += _cut("text", 0, content.text[:, None], catalog, tried, captions)
-    for bucket, keys in enumerate(content.clips):
+        work += _cut(("text", 0), content, catalog, tried, captions, demand)
+    for bucket in range(len(content.clips)):
         clips = min(_MAX_ENTRIES, shard_bytes // _largest("clips", bucket, recipe))
         samples = max(1, clips // recipe.num_variants)
-        work += _cut("clips", bucket, keys, catalog, tried, samples)
+        work += _cut(("clips", bucket), content, catalog, tried, samples, demand)
     return work
 
 
@@ -123,16 +138,17 @@ def _largest(kind: Kind, bucket: int, recipe: Recipe) -> int:
 
 
 def _cut(
-    kind: Kind,
-    bucket: int,
-    keys: np.ndarray,
+    group: Group,
+    content: Content,
     catalog: Catalog,
     tried: np.ndarray,
     samples_per_list: int,
+    demand: Mapping[Group, np.ndarray] | None,
 ) -> list[WorkList]:
-    # The same file, range or caption may stand in several rows: its first one is encoded.
-    _, first = np.unique(keys[:, 0], return_index=True)
-    ids = np.sort(first)
+    keys = content.keys_of(group)
+    ids = first_rows(keys)
+    if demand is not None:
+        ids = ids[np.argsort(-demand[group][ids], kind="stable")]
     keys = keys[ids]
     missing = (keys != b"") & (catalog.find(keys) < 0) & ~np.isin(keys, tried)
     rows = np.flatnonzero(missing.any(axis=1))
@@ -140,8 +156,15 @@ def _cut(
     for begin in range(0, len(rows), samples_per_list):
         part = rows[begin : begin + samples_per_list]
         name = list_digest(raw_key(key) for key in keys[part][missing[part]])
-        work.append(WorkList(kind, name, bucket, ids[part], missing[part], keys[part]))
+        work.append(WorkList(group[0], name, group[1], ids[part], missing[part], keys[part]))
     return work
+
+
+def first_rows(keys: np.ndarray) -> np.ndarray:
+    """The samples that stand for all with the same keys, in their order. The same file, range or
+    caption may come in several rows: its first one is encoded."""
+    _, first = np.unique(keys[:, 0], return_index=True)
+    return np.sort(first)
 
 
 def raw_key(key: bytes) -> bytes:

@@ -13,6 +13,8 @@ import numpy as np
 
 from longtake.store.claims import take_claim
 from longtake.store.index import HEADER, Index, read_index, read_store_header
+from longtake.store.rates import FILE as RATES
+from longtake.store.rates import read_rates
 from longtake.store.shards import read_shard, shard_names, shards_folder
 from longtake.store.tensor_file import StoreError, fsync_folder, is_as_named
 
@@ -53,6 +55,11 @@ def find_damage(store: Path, *, share: int = 0, shares: int = 1) -> list[Damage]
         except StoreError:
             name = HEADER
         damages = [Damage(name, error.problem)]
+    if (store / RATES).exists():
+        try:
+            read_rates(store)
+        except StoreError as error:
+            damages.append(Damage(RATES, error.problem))
     present = shard_names(store)
     expected = [] if index is None else list(index.entries.shards)
     absent = sorted(set(expected) - set(present))

@@ -42,7 +42,7 @@ from longtake.store.plan import WorkList, raw_key
 from longtake.store.recipe import Recipe
 from longtake.store.shards import Failure, Record
 
-_CAPTIONS_PER_CALL = 64
+CAPTIONS_PER_CALL = 64
 # Pixels per call of the video encoder, as many as it takes at once: 16 clips of 16x256x256.
 _PIXELS_PER_CALL = 2**24
 _MAX_CLIPS_PER_CALL = 64
@@ -62,12 +62,14 @@ def encode_captions(
             records: list[Record] = []
             failures: list[Failure] = []
             ids, keys = item.sample_ids.tolist(), item.keys[:, 0].tolist()
-            for begin in range(0, len(ids), _CAPTIONS_PER_CALL):
-                part = slice(begin, begin + _CAPTIONS_PER_CALL)
+            for begin in range(0, len(ids), CAPTIONS_PER_CALL):
+                part = slice(begin, begin + CAPTIONS_PER_CALL)
                 captions = [manifest[sample_id].caption for sample_id in ids[part]]
+                started = time.perf_counter()
                 prompt = encoder.encode(captions)
                 lengths = prompt.mask_BL.sum(dim=1).tolist()
                 embeds_BLK = prompt.embeds_BLK.bfloat16().cpu()
+                board.time(item, len(captions), time.perf_counter() - started)
                 good: list[Record] = []
                 bad: list[Failure] = []
                 for key, embeds_LK, length in zip(keys[part], embeds_BLK, lengths, strict=True):
@@ -241,25 +243,30 @@ class _Jobs:
         taken.failures += failures
         self.board.count(0, failures)
         taken.left -= 1
-        num_frames, height, width = self.recipe.buckets[job.work.bucket]
-        at_once = max(1, _PIXELS_PER_CALL // (num_frames * height * width))
-        at_once = min(at_once, _MAX_CLIPS_PER_CALL)
+        at_once = clips_per_call(self.recipe, job.work.bucket)
         while len(taken.pixels) >= at_once or (taken.pixels and not taken.left):
-            self._encode(taken, at_once, encoder, device)
+            self._encode(job.work, taken, at_once, encoder, device)
         if not taken.left:
             self.board.finish(job.work, taken.records, taken.failures, self._notes(taken))
             del self.taken[job.work.name]
 
     def _encode(
-        self, taken: _Taken, at_once: int, encoder: VideoEncoder, device: torch.device
+        self,
+        work: WorkList,
+        taken: _Taken,
+        at_once: int,
+        encoder: VideoEncoder,
+        device: torch.device,
     ) -> None:
         keys, taken.keys = taken.keys[:at_once], taken.keys[at_once:]
         pixels, taken.pixels = taken.pixels[:at_once], taken.pixels[at_once:]
+        started = time.perf_counter()
         pixels_BCTHW = torch.stack(pixels).to(device, non_blocking=True)
         stats = encoder.encode(pixels_BCTHW)
         dtype = torch.bfloat16 if self.recipe.latents == "bf16" else torch.float32
         mean_BCTHW = stats.mean_BCTHW.to(dtype).cpu()
         logvar_BCTHW = None if stats.logvar_BCTHW is None else stats.logvar_BCTHW.to(dtype).cpu()
+        self.board.time(work, len(keys), time.perf_counter() - started)
         bad = []
         for row, key in enumerate(keys):
             mean_CTHW = mean_BCTHW[row]
@@ -284,6 +291,13 @@ class _Jobs:
         if self.recipe.latents == "8bit":
             notes["error"] = dataclasses.asdict(taken.error)
         return notes
+
+
+def clips_per_call(recipe: Recipe, bucket: int) -> int:
+    """How many clips the video encoder is given at once."""
+    num_frames, height, width = recipe.buckets[bucket]
+    at_once = max(1, _PIXELS_PER_CALL // (num_frames * height * width))
+    return min(at_once, _MAX_CLIPS_PER_CALL)
 
 
 def _not_finite(key: bytes, what: str) -> Failure:

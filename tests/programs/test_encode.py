@@ -139,6 +139,7 @@ def test_mistakes_are_named(tmp_path, config, many, capsys):
         ((config, tmp_path / "occupied"), "is not a latent store: choose another --output"),
         ((config, tmp_path / "new", "--verify"), "--verify: .* is not a latent store"),
         ((config, tmp_path / "new", "--shard-mib", 0), "--shard-mib 0.0 must be above 0"),
+        ((config, "s3://bucket/store"), "a store is filled on a file system; copy it to object"),
         ((random_crop, tmp_path / "new"), "crop=random is another crop every epoch"),
     ):
         assert encode_here(*arguments) == 2

@@ -138,7 +138,7 @@ class _Overflowing:
 
 
 def test_clips_that_overflow_are_skipped_and_named(tmp_path, manifest, monkeypatch, capsys):
-    from longtake.programs import encode as program
+    from longtake.store import encoding as program
 
     build = program.build_video_encoder
     monkeypatch.setattr(program, "build_video_encoder", lambda *given: _Overflowing(build(*given)))

@@ -1,0 +1,231 @@
+"""Plan: arithmetic about a run, or its data, before anything is run.
+
+longtake plan disk --clips 1000000 --clip 16x256x256 [--caption-tokens 40] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from longtake.data import Manifest, read_manifest
+from longtake.encoders.hashed_words import split_words
+from longtake.planning import (
+    FORMS,
+    DiskPlan,
+    LatentForm,
+    alternatives,
+    assumptions,
+    latent_size,
+    mean_tokens,
+    size_text,
+    text_of_shape,
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`longtake plan`."""
+    programs: dict[str, Callable[[list[str]], int]] = {"disk": _disk}
+    rest = list(arguments)
+    if not rest or rest[0] in ("-h", "--help"):
+        print((__doc__ or "").strip())
+        return 0
+    if rest[0] not in programs:
+        raise ValueError(f"plan {rest[0]} does not exist: use {', '.join(programs)}")
+    return programs[rest[0]](rest[1:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskCommand:
+    """The space that a data set's encodings take, in every form, and what a total hides. `longtake
+    encode --dry-run` says it exactly, of one manifest and one configuration."""
+
+    clips: int | None = None
+    """How many clips; or give a manifest."""
+    manifest: Path | None = None
+    """Count its clips and captions, and estimate the captions' lengths from their words."""
+    clip: str | None = None
+    """Frames x height x width of a clip in pixels, such as 16x256x256."""
+    downsample: str = "1x8x8"
+    """Pixels per latent in time, height and width; of the SD-VAE if not given."""
+    channels: int = 4
+    """Of the latents."""
+    latent: str | None = None
+    """In place of these three: channels x frames x height x width of the latents."""
+    form: LatentForm = "bf16"
+    """fp32: one sample, as many do; bf16, 8bit: statistics, as `longtake encode` keeps them."""
+    posterior: bool = True
+    """Whether the autoencoder gives a log-variance beside the mean."""
+    places: int = 1
+    """Of each clip in its video."""
+    flip: bool = False
+    """Keep the mirrored side of every clip, too."""
+    text_channels: int = 4096
+    """Width of a text token; 0 if there is no text."""
+    max_tokens: int = 120
+    """Longer captions are cut."""
+    caption_tokens: str | None = None
+    """True length of the captions: a mean, or lengths with their shares, such as 20:0.6,80:0.4."""
+    tokens_per_word: float = 1.3
+    """To estimate a manifest's caption lengths; punctuation marks count as words."""
+    padded: bool = False
+    """Keep every caption at max_tokens, whatever its length."""
+    replicas: int = 1
+    json: Path | None = None
+    """Write the figures there as well; - prints them instead of the table."""
+
+
+def _disk(arguments: list[str]) -> int:
+    command = tyro.cli(
+        DiskCommand,
+        prog="longtake plan disk",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    if (command.clips is None) == (command.manifest is None):
+        raise ValueError("give the number of --clips or a --manifest, one of the two")
+    manifest = None if command.manifest is None else read_manifest(command.manifest)
+    clips = command.clips or 0
+    captions = clips
+    if manifest is not None:
+        clips, captions = _different(manifest)
+    true_tokens = _true_tokens(command, manifest)
+    padded = command.padded or true_tokens is None
+    plan = DiskPlan(
+        clips=clips,
+        latent=_latent(command),
+        form=command.form,
+        with_posterior=command.posterior,
+        variants=command.places * (2 if command.flip else 1),
+        captions=captions,
+        tokens=float(command.max_tokens) if padded else true_tokens or 0.0,
+        max_tokens=command.max_tokens,
+        text_channels=command.text_channels,
+        replicas=command.replicas,
+    )
+    if command.json is not None:
+        text = json.dumps(_report(plan, true_tokens), indent=1)
+        if str(command.json) == "-":
+            print(text)
+            return 0
+        command.json.write_text(text + "\n", encoding="utf-8")
+    _show(plan, true_tokens, manifest is not None and command.caption_tokens is None)
+    return 0
+
+
+def _different(manifest: Manifest) -> tuple[int, int]:
+    """Clips and captions that are not those of another row."""
+    samples = (manifest[sample_id] for sample_id in range(len(manifest)))
+    clips = {(sample.path, sample.start, sample.end) for sample in samples}
+    return len(clips), len(set(manifest.texts["caption"]))
+
+
+def _latent(command: DiskCommand) -> tuple[int, int, int, int]:
+    if (command.latent is None) == (command.clip is None):
+        raise ValueError("give --clip (pixels) or --latent, one of the two: --clip 16x256x256")
+    if command.latent is not None:
+        channels, frames, height, width = _sizes("--latent", command.latent, 4)
+        return channels, frames, height, width
+    num_frames, height, width = _sizes("--clip", command.clip or "", 3)
+    time, rows, columns = _sizes("--downsample", command.downsample, 3)
+    frames, height, width = latent_size(
+        num_frames, height, width, downsample=(time, rows, columns), causal=time > 1
+    )
+    return command.channels, frames, height, width
+
+
+def _sizes(name: str, text: str, count: int) -> list[int]:
+    sizes = text.split("x")
+    if len(sizes) != count or not all(re.fullmatch("[0-9]{1,9}", size) for size in sizes):
+        example = {3: "16x256x256", 4: "4x16x32x32"}[count]
+        raise ValueError(f"{name} {text}: expected {count} whole numbers, such as {example}")
+    return [int(size) for size in sizes]
+
+
+def _true_tokens(command: DiskCommand, manifest: Manifest | None) -> float | None:
+    """The captions' mean length after the cut; None if nothing is known of it."""
+    if command.caption_tokens is not None:
+        return mean_tokens(_lengths(command.caption_tokens), command.max_tokens)
+    if manifest is None:
+        return None
+    lengths: Counter[int] = Counter()
+    for caption in set(manifest.texts["caption"]):
+        lengths[math.ceil(len(split_words(caption)) * command.tokens_per_word) + 1] += 1
+    return mean_tokens(lengths, command.max_tokens)
+
+
+def _lengths(text: str) -> dict[int, float]:
+    """A mean, as two lengths that have it, or lengths with their shares."""
+    try:
+        if ":" not in text:
+            mean = float(text)
+            low = math.floor(mean)
+            return {low: low + 1 - mean, low + 1: mean - low}
+        pairs = [part.split(":") for part in text.split(",")]
+        return {int(length): float(share) for length, share in pairs}
+    except (ValueError, OverflowError) as error:
+        raise ValueError(
+            f"--caption-tokens {text}: expected a mean, such as 40, or lengths with their shares, "
+            "such as 20:0.6,80:0.4"
+        ) from error
+
+
+def _report(plan: DiskPlan, true_tokens: float | None) -> dict[str, Any]:
+    return {
+        "plan": _figures(plan),
+        "true_tokens": true_tokens,
+        "alternatives": [_figures(other) for other in alternatives(plan, true_tokens)],
+        "assumptions": assumptions(plan, true_tokens),
+    }
+
+
+def _figures(plan: DiskPlan) -> dict[str, Any]:
+    names = ("clip_bytes", "caption_bytes", "latent_total", "text_total", "total")
+    return asdict(plan) | {name: getattr(plan, name) for name in names}
+
+
+def _show(plan: DiskPlan, true_tokens: float | None, is_estimate: bool) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    text = f"{plan.clips:,} clips as latents of {text_of_shape(plan.latent)}"
+    if plan.variants > 1:
+        text += f", each in {plan.variants} variants"
+    if plan.text_channels:
+        text += f"; {plan.captions:,} captions, tokens {plan.text_channels} wide"
+    if plan.replicas > 1:
+        text += f"; {plan.replicas} replicas"
+    console.print(escape(text))
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("latents")
+    table.add_column("text")
+    for heading in ("a clip", "a caption", "latents", "text", "in all"):
+        table.add_column(heading, justify="right")
+    for other in alternatives(plan, true_tokens):
+        is_chosen = other == plan
+        text = "none"
+        if other.text_channels:
+            is_padded = other.tokens == other.max_tokens
+            text = "padded to" if is_padded else "about" if is_estimate else "mean of"
+            text += f" {other.tokens:.0f} tokens"
+        cells = [FORMS[other.form], text]
+        totals = (other.latent_total, other.text_total, other.total)
+        cells += map(size_text, (other.clip_bytes, other.caption_bytes, *totals))
+        table.add_row(*map(escape, cells), style="bold" if is_chosen else None)
+    console.print(table)
+    console.print(
+        f"[bold]{size_text(plan.total)}[/] ({plan.total / 2**40:,.1f} TiB): {FORMS[plan.form]}. "
+        "What this takes for granted:"
+    )
+    for line in assumptions(plan, true_tokens):
+        console.print(escape(f"- {line}"))

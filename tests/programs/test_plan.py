@@ -1,0 +1,90 @@
+"""`longtake plan`: the arithmetic that the documentation quotes, and a plan beside a real store."""
+
+import json
+
+import pytest
+
+from longtake import cli
+from tests.programs.runs import tiny_config, write_manifest
+from tests.programs.stores import encode_here, files_of, make_many_clips
+
+FIFTY_TERABYTES = "--clips 10000000 --latent 4x64x64x64 --form fp32 --padded"
+
+
+def _plan(capsys, text):
+    assert cli.main(["plan", "disk", *text.split()]) == 0
+    return capsys.readouterr().out
+
+
+def test_fifty_terabytes(capsys):
+    out = _plan(capsys, FIFTY_TERABYTES)
+    assert "10,000,000 clips as latents of 4x64x64x64" in out
+    assert "51.8 TB (47.1 TiB): fp32 sample. What this takes for granted:" in out
+    assert "Every caption is taken to have 120 tokens" in out
+    # The same clips, named by their pixels.
+    assert _plan(capsys, FIFTY_TERABYTES.replace("--latent 4x64x64x64", "--clip 64x512x512")) == out
+
+
+def test_figures_as_json(capsys, tmp_path):
+    out = _plan(capsys, f"{FIFTY_TERABYTES} --caption-tokens 20:0.6,80:0.4 --json -")
+    report = json.loads(out)
+    assert report["plan"]["total"] == 51_773_440_000_000
+    assert report["true_tokens"] == pytest.approx(44)
+    assert {(p["form"], p["tokens"]) for p in report["alternatives"]} == {
+        (form, tokens) for form in ("fp32", "bf16", "8bit") for tokens in (120, 44)
+    }
+    file = tmp_path / "plan.json"
+    assert "51.8 TB" in _plan(capsys, f"{FIFTY_TERABYTES} --json {file}")
+    assert json.loads(file.read_text())["plan"] == report["plan"]
+
+
+def test_a_manifest_is_counted(capsys, tmp_path):
+    rows = [{"path": f"{k}.mp4", "caption": "two words" if k % 2 else "one"} for k in range(6)]
+    rows.append(rows[0])
+    manifest = write_manifest(tmp_path / "m.jsonl", rows)
+    out = _plan(capsys, f"--manifest {manifest} --clip 4x32x32 --json -")
+    plan = json.loads(out)["plan"]
+    assert (plan["clips"], plan["captions"]) == (6, 2)
+    assert plan["tokens"] == pytest.approx((4 + 3) / 2)  # 1.3 tokens a word, rounded up, and an end
+
+
+def test_a_store_takes_what_was_planned(capsys, tmp_path):
+    manifest = make_many_clips(tmp_path, 12)
+    config = tiny_config(tmp_path, manifest)
+    assert encode_here(config, tmp_path / "store") == 0
+    capsys.readouterr()
+    out = _plan(
+        capsys,
+        f"--manifest {manifest} --latent 24x4x4x4 --no-posterior --text-channels 16 "
+        "--max-tokens 8 --tokens-per-word 1 --json -",
+    )
+    planned = json.loads(out)["plan"]["total"]
+    stored = sum(map(len, files_of(tmp_path / "store").values()))
+    assert planned < stored < planned + 12 * 1000 + 8000, (
+        "names and checksums are under 1 kB a clip"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "give the number of --clips or a --manifest, one of the two"),
+        ("--clips 3 --manifest m.csv", "one of the two"),
+        ("--clips 3", "give --clip (pixels) or --latent, one of the two"),
+        ("--clips 3 --clip 16x256", "--clip 16x256: expected 3 whole numbers, such as 16x256x256"),
+        ("--clips 3 --latent 4x-1x2x2", "--latent 4x-1x2x2: expected 4 whole numbers"),
+        ("--clips 0 --latent 4x1x2x2", "clips=0 must be at least 1"),
+        ("--clips 3 --latent 4x1x2x2 --caption-tokens many", "--caption-tokens many: expected a"),
+        ("--clips 3 --latent 4x1x2x2 --caption-tokens inf", "--caption-tokens inf: expected a"),
+    ],
+)
+def test_mistakes_are_named(capsys, text, problem):
+    assert cli.main(["plan", "disk", *text.split()]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_other_plans_do_not_exist(capsys):
+    assert cli.main(["plan", "party"]) == 2
+    assert "plan party does not exist: use disk" in capsys.readouterr().err
+    assert cli.main(["plan"]) == 0
+    assert "longtake plan disk" in capsys.readouterr().out
