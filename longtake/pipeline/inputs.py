@@ -59,7 +59,8 @@ def encode_batch(
     if stats.logvar_BCTHW is not None:
         noise_BCTHW = normal(keys, Stream.POSTERIOR, tuple(stats.mean_BCTHW.shape[1:]))
     if is_encoded and batch.embeds_BLK is not None:
-        condition = _prompt_condition(batch.prompt(None if text_encoder is None else text_encoder.encode))
+        encode_text = None if text_encoder is None else text_encoder.encode
+        condition = _prompt_condition(batch.prompt(encode_text))
     elif text_encoder is None:
         condition = {"labels_B": batch.labels_B}
     else:
