@@ -1,5 +1,7 @@
-"""Arithmetic about runs without running them: tokens, FLOPs, hardware peaks. Plain numbers only."""
+"""Arithmetic about runs without running them: tokens, FLOPs, what travels, hardware peaks. Plain
+numbers only."""
 
+from longtake.planning.communication import exchanged_bytes
 from longtake.planning.floor import Ceilings, attention_rate, floor_seconds
 from longtake.planning.flops import forward_macs, model_flops_utilization, training_flops
 from longtake.planning.hardware import peak_bf16_flops
@@ -10,6 +12,7 @@ __all__ = [
     "TokenGrid",
     "attention_rate",
     "count_tokens",
+    "exchanged_bytes",
     "floor_seconds",
     "forward_macs",
     "latent_size",
