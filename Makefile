@@ -1,6 +1,7 @@
 # Longtake's two commands, each with its own set-up:
 #   make quickstart   train a tiny STDiT on real clips on the CPU, sample it, write a report
 #   make test         the whole test suite
+#   make matrix       every model on every layout of up to 16 processes against one process
 #   make kernels      compile every fused kernel for a GPU (none needed) and look for spilled registers
 # PYTHON=python3.12 picks an interpreter; TORCH_BACKEND=cpu fetches PyTorch's small CPU build on Linux
 # (needs access to PyTorch's own package index; the default is whatever your index offers).
@@ -12,10 +13,10 @@ BIN := $(VENV)/bin
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 INSTALL = VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 
-.PHONY: quickstart test kernels lint types clean help
+.PHONY: quickstart test matrix kernels lint types clean help
 
 help:
-	@sed -n '1,6p' Makefile
+	@sed -n '1,7p' Makefile
 
 quickstart: $(VENV)/.ready-quickstart
 	$(BIN)/longtake clips
@@ -23,6 +24,9 @@ quickstart: $(VENV)/.ready-quickstart
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2
+
+matrix: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m matrix
 
 kernels: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m compiled
