@@ -68,7 +68,7 @@ class Mesh:
     world_size: int
     device: torch.device
     device_mesh: DeviceMesh  # axes dp_replicate, dp_shard_sp
-    token_group: TokenGroup  # this process's group of sp
+    token_group: TokenGroup | None  # None without sequence parallelism
 
     @property
     def dp_size(self) -> int:
@@ -151,19 +151,11 @@ def build_mesh(config: ParallelConfig, device: torch.device | None = None) -> Me
     device = device if device is not None else torch.device("cpu")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dp_replicate, dp_shard = resolve_degrees(config, world_size)
-    # The processes of a token group are neighbours, on one machine as far as that goes: only they
-    # exchange tokens in every block. For weights they count as further shards, so that each of the
-    # two grids lists the same processes in the same order.
+    # For weights, the processes that share tokens count as further shards.
     device_mesh = init_device_mesh(
         device.type,
         (dp_replicate, dp_shard * config.sp),
         mesh_dim_names=("dp_replicate", "dp_shard_sp"),
-    )
-    token_mesh = init_device_mesh(
-        device.type, (dp_replicate * dp_shard, config.sp), mesh_dim_names=("dp", "sp")
-    )
-    token_group = TokenGroup(
-        name=token_mesh.get_group("sp").group_name, size=config.sp, rank=rank % config.sp
     )
     return Mesh(
         dp_replicate=dp_replicate,
@@ -173,8 +165,17 @@ def build_mesh(config: ParallelConfig, device: torch.device | None = None) -> Me
         world_size=world_size,
         device=device,
         device_mesh=device_mesh,
-        token_group=token_group,
+        token_group=_token_group(config.sp, rank),
     )
+
+
+def _token_group(sp: int, rank: int) -> TokenGroup | None:
+    """Neighbours, on one machine as far as it goes: they exchange tokens in every block."""
+    if sp == 1:
+        return None
+    group, _ = dist.new_subgroups(sp)
+    assert isinstance(group, dist.ProcessGroup)
+    return TokenGroup(name=group.group_name, size=sp, rank=rank % sp)
 
 
 def resolve_degrees(config: ParallelConfig, world_size: int) -> tuple[int, int]:

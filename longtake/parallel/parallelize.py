@@ -24,7 +24,7 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
     """
     blocks = model.blocks
     assert isinstance(blocks, nn.ModuleList), "a model's blocks are its units of sharding"
-    if mesh.sp > 1:
+    if mesh.token_group is not None:
         split_sequence(model, mesh.token_group)
     if is_compiled(config, mesh.device):
         compile_blocks(blocks)

@@ -132,7 +132,8 @@ def in_double(cases: list[Case]) -> list[tuple[float, dict[str, torch.Tensor]]]:
         model = build(case).double()
         init_weights(model, seed=0, write=write_shaken)
         names = [name for name, _ in model.named_parameters()]
-        split_sequence(model, mesh.token_group)
+        if mesh.token_group is not None:
+            split_sequence(model, mesh.token_group)
         assert [name for name, _ in model.named_parameters()] == names
         inputs = inputs_of(case, _own_samples(mesh), dtype=torch.float64)
         loss = loss_of(model, case, inputs)
