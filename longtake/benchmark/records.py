@@ -107,6 +107,8 @@ class Measurement:
     """What each kind of layer runs on."""
     first_loss: float
     last_loss: float
+    sp: int = 1
+    """Devices that shared the tokens of a micro-batch."""
     clocks: str | None = None
     """As the driver told them while the timed steps ran."""
     trials: tuple[Trial, ...] = ()
