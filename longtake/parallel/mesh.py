@@ -165,15 +165,15 @@ def build_mesh(config: ParallelConfig, device: torch.device | None = None) -> Me
         world_size=world_size,
         device=device,
         device_mesh=device_mesh,
-        token_group=_token_group(config.sp, rank),
+        token_group=_token_group(config.sp, rank, timedelta(seconds=config.timeout_seconds)),
     )
 
 
-def _token_group(sp: int, rank: int) -> TokenGroup | None:
+def _token_group(sp: int, rank: int, timeout: timedelta) -> TokenGroup | None:
     """Neighbours, on one machine as far as it goes: they exchange tokens in every block."""
     if sp == 1:
         return None
-    group, _ = dist.new_subgroups(sp)
+    group, _ = dist.new_subgroups(sp, timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
     return TokenGroup(name=group.group_name, size=sp, rank=rank % sp)
 

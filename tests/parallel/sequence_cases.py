@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.diffusion import DiffusionConfig, build_objective
 from longtake.models import build_model, init_weights
+from longtake.ops.kernels import PLAIN, KernelConfig, kernels_as
 from longtake.parallel import (
     Mesh,
     ParallelConfig,
@@ -43,6 +44,13 @@ UNEVEN = (3, 6, 6)
 """3 and 9: neither divides by 2, and of 4 processes one has no frame."""
 IMAGE = (1, 4, 6)
 
+FUSED = KernelConfig(
+    elementwise="triton",
+    self_attention="triton",
+    temporal_attention="triton",
+    cross_attention="triton",
+)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -53,6 +61,7 @@ class Case:
     latents: tuple[int, int, int] = UNEVEN
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     accumulation: int = 1
+    kernels: KernelConfig = PLAIN
 
     def on(self, **parallel: Any) -> Case:
         """The same, spread like this."""
@@ -165,8 +174,9 @@ def sharded(cases: list[Case]) -> list[tuple[float, dict[str, torch.Tensor]]]:
         for number in range(case.accumulation):
             sync_gradients(model, is_last=number == case.accumulation - 1)
             first = own.start + number * count
-            part = loss_of(model, case, inputs_of(case, range(first, first + count)))
-            (part / case.accumulation).backward()
+            with kernels_as(case.kernels):
+                part = loss_of(model, case, inputs_of(case, range(first, first + count)))
+                (part / case.accumulation).backward()
             loss += part.detach() / case.accumulation
         gradients = {
             n: read_full(p.grad) for n, p in model.named_parameters() if p.grad is not None

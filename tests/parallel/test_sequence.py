@@ -12,6 +12,7 @@ from longtake.parallel.sequence import split_sequence
 from longtake.planning import exchanged_bytes, token_grid
 from tests.parallel.sequence_cases import (
     EVEN,
+    FUSED,
     IMAGE,
     NAMES,
     SIZES,
@@ -56,6 +57,19 @@ def test_sharded_checkpointed_compiled_and_accumulated_it_stays_the_same():
     for results in run_in_processes(sharded, 2, cases, timeout_seconds=200):
         for case, found in zip(cases, results, strict=True):
             assert_same(found, case, tolerance=SINGLE)
+
+
+@pytest.mark.slow
+def test_on_fused_kernels_it_stays_the_same():
+    pytest.importorskip("triton")
+    cases = [
+        Case("stdit2", kernels=FUSED).on(sp=2, compile=True),
+        Case("stdit", kernels=FUSED).on(sp=2),
+        Case("pixart", kernels=FUSED).on(sp=2, compile=True, checkpointing="full"),
+    ]
+    for results in run_in_processes(sharded, 2, cases, timeout_seconds=250):
+        for case, found in zip(cases, results, strict=True):
+            assert_same(found, case, tolerance=1e-4)
 
 
 @pytest.mark.slow
