@@ -3,10 +3,13 @@ tried here in a few layouts, `make matrix` tries in all."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from longtake.models import build_model
+from longtake.ops.kernels import KernelConfig
 from longtake.parallel.exchange import TokenGroup
 from longtake.parallel.sequence import split_sequence
 from longtake.planning import exchanged_bytes, token_grid
@@ -19,6 +22,7 @@ from tests.parallel.sequence_cases import (
     UNEVEN,
     Case,
     assert_same,
+    errors_of,
     exchanged,
     in_double,
     runs,
@@ -94,6 +98,31 @@ def test_twenty_steps_have_the_losses_of_one_process():
             assert losses == pytest.approx(same_losses, rel=1e-4)
             assert norms == pytest.approx(same_norms, rel=1e-3)
             assert len(set(losses)) == 20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_on_two_gpus_it_stays_the_same():
+    cases = [
+        Case("stdit", accumulation=2),
+        Case("stdit2", "iddpm"),
+        Case("latte"),
+        Case("pixart", "iddpm"),
+    ]
+    single = [case.on(sp=2, param_dtype="fp32", compile=False) for case in cases]
+    for results in run_in_processes(sharded, 2, single, "cuda", timeout_seconds=250):
+        for case, found in zip(single, results, strict=True):
+            assert_same(found, case, tolerance=1e-4)
+
+    # Compiled and on the kernels that training takes, bf16 is no further from float32 than alone.
+    half = [replace(case, kernels=KernelConfig()) for case in cases]
+    (lone,) = run_in_processes(sharded, 1, half, "cuda", timeout_seconds=250)
+    spread = [case.on(sp=2) for case in half]
+    for results in run_in_processes(sharded, 2, spread, "cuda", timeout_seconds=250):
+        for case, found, same in zip(half, results, lone, strict=True):
+            allowed = errors_of(same, case)
+            for name, error in errors_of(found, case).items():
+                assert error <= 2 * allowed[name] + 1e-3, (case.model, name, error, allowed[name])
 
 
 def test_what_is_exchanged_is_what_the_formula_says():
