@@ -69,15 +69,15 @@ def exchange(
     Each process has its part of the rows along gather_dim, all along scatter_dim, and gets its part
     along scatter_dim with all `length` rows along gather_dim; contiguous.
 
-                    scatter_dim                         scatter_dim
-                     a   b   c                           a   b . c
-                   ┌───┬───┬───┐                       ┌───────┬───┐
-        rank 0   0 │a0   b0  c0│       gather_dim    0 │a0   b0│c0 │
-                 1 │a1   b1  c1│   →                 1 │a1   b1│c1 │
-                   ├───┼───┼───┤                       │       │   │
-        rank 1   2 │a2   b2  c2│                     2 │a2   b2│c2 │
-                   └───┴───┴───┘                       └───────┴───┘
-                                                        rank 0  rank 1
+                    scatter_dim                             scatter_dim
+                    a   b   c                               a   b     c   .
+                  ┌─────────────┐                         ┌────────┬────────┐
+        rank 0  0 │ a0  b0  c0  │                       0 │ a0  b0 │ c0  .  │
+                1 │ a1  b1  c1  │     →    gather_dim   1 │ a1  b1 │ c1  .  │
+                  ├─────────────┤                       2 │ a2  b2 │ c2  .  │
+        rank 1  2 │ a2  b2  c2  │                         └────────┴────────┘
+                . │ .   .   .   │                           rank 0   rank 1
+                  └─────────────┘
 
     A buffer of one part travels, less the share of it that stays. The transposed movement is the
     same with the dimensions swapped, and that is the gradient.
