@@ -2,6 +2,7 @@
 #   make quickstart   train a tiny STDiT on real clips on the CPU, sample it, write a report
 #   make test         the whole test suite
 #   make services     what needs a cluster or an object storage: a Ray and an S3 server of this machine
+#   make matrix       every model on every layout of up to 16 processes against one process
 #   make kernels      compile every fused kernel for a GPU (none needed) and look for spilled registers
 # PYTHON=python3.12 picks an interpreter; TORCH_BACKEND=cpu fetches PyTorch's small CPU build on Linux
 # (needs access to PyTorch's own package index; the default is whatever your index offers).
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 INSTALL = VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 
-.PHONY: quickstart test services kernels lint types clean help
+.PHONY: quickstart test services matrix kernels lint types clean help
 
 help:
 	@sed -n '1,7p' Makefile
@@ -28,6 +29,9 @@ test: $(VENV)/.ready-dev
 services: $(VENV)/.ready-dev
 	$(INSTALL) -e . --group services
 	$(BIN)/python -m pytest -m services
+
+matrix: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m matrix
 
 kernels: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m compiled

@@ -41,7 +41,8 @@ class StepOptions:
     sizing: Sizing = "fixed"
     """The micro-batch: as it is, halved until it fits, or searched."""
     micro_batch: int | None = None
-    """None: the bucket's batch size, shared by the processes; for a search, where it begins."""
+    """None: the bucket's batch size, shared by the data-parallel processes; for a search, where it
+    begins."""
     bucket: int = 0
 
 
@@ -108,7 +109,7 @@ class _Bench:
 
     def _size(self) -> tuple[int, list[Trial]]:
         """The micro-batch to be timed, and what the search for it tried."""
-        given = self.options.micro_batch or max(1, self.bucket.batch_size // self.mesh.world_size)
+        given = self.options.micro_batch or max(1, self.bucket.batch_size // self.mesh.dp_size)
         if self.options.sizing == "fixed":
             return given, []
         if self.options.sizing == "halve":
@@ -156,7 +157,7 @@ class _Bench:
         encoders."""
         subject = self._get_subject()
         gradients = sum(param.numel() * 4 for param in subject.model.parameters())
-        gradients //= self.mesh.dp_shard
+        gradients //= self.mesh.num_shards
         return (torch.cuda.memory_allocated(self.mesh.device) + gradients) / _GIB
 
     def _get_subject(self) -> Subject:
@@ -202,7 +203,8 @@ class _Bench:
         config, mesh = self.config, self.mesh
         subject = self._get_subject()
         work = work_of_latents(config, self.latents[1:], samples=1)
-        rate = 1000 * micro_batch / timed.timing.median_ms
+        # Per device: the processes of a token group share a micro-batch.
+        rate = 1000 * micro_batch / mesh.sp / timed.timing.median_ms
         dtype = compute_dtype(config.parallel, mesh.device)
         peak = None
         if mesh.device.type == "cuda" and dtype is torch.bfloat16:
@@ -213,6 +215,7 @@ class _Bench:
             setting=str(self.bucket),
             encoders=self.options.encoders,
             num_devices=mesh.world_size,
+            sp=mesh.sp,
             micro_batch=micro_batch,
             latents=self.latents,
             tokens_per_sample=work["tokens"],

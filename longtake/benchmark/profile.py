@@ -92,9 +92,7 @@ def _profile_buckets(
             say(f"not used, its check failed: {reason}")
     subject = Subject(config, mesh, encoders=options.encoders, seed=options.protocol.seed)
     workloads = [
-        subject.workload(
-            number, options.micro_batch or max(1, bucket.batch_size // mesh.world_size)
-        )
+        subject.workload(number, options.micro_batch or max(1, bucket.batch_size // mesh.dp_size))
         for number, bucket in enumerate(buckets)
     ]
     turns = cycle(workloads)

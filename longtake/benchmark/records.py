@@ -111,6 +111,8 @@ class Measurement:
     """Whether the next micro-batch was encoded while this one was trained."""
     parts_ms: dict[str, float] = field(default_factory=dict)
     """With encoders on-line: what each part takes alone, of the same micro-batch."""
+    sp: int = 1
+    """Devices that shared the tokens of a micro-batch."""
     clocks: str | None = None
     """As the driver told them while the timed steps ran."""
     trials: tuple[Trial, ...] = ()

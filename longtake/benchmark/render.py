@@ -92,7 +92,8 @@ def show_step(report: StepReport, console: Console, *, brief: bool) -> None:
     floor = report.ceilings and floor_rate(measured, report.config, report.ceilings)
     row = RowReport(
         key="step",
-        title=f"{measured.model} {measured.setting}",
+        title=f"{measured.model} {measured.setting}"
+        + ("" if measured.sp == 1 else f", sp={measured.sp}"),
         fast=Outcome(config=report.config, measurement=measured),
         floor_samples_per_second=floor,
     )

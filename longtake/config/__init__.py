@@ -19,6 +19,7 @@ from longtake.config.work import (
     Work,
     latents_of_bucket,
     throughput_meter,
+    token_notes,
     work_of_latents,
     work_of_step,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "run_record",
     "throughput_meter",
     "to_plain",
+    "token_notes",
     "verify_kernels",
     "with_encoder_weights",
     "work_of_latents",

@@ -8,7 +8,7 @@ from typing import Any
 
 from longtake.config.layers import kernels_by_layer
 from longtake.config.run import RunConfig
-from longtake.config.work import latents_of_bucket
+from longtake.config.work import exchanged_mib, latents_of_bucket
 from longtake.data import Manifest
 from longtake.encoders import TextEncoder, VideoEncoder
 from longtake.models import Model
@@ -52,6 +52,10 @@ def run_record(
             "dp_replicate": mesh.dp_replicate,
             "dp_shard": mesh.dp_shard,
             "sp": mesh.sp,
+            "exchanged_mib_per_sample": {
+                str(bucket): exchanged_mib(config, mesh, latents_of_bucket(video_encoder, bucket))
+                for bucket in config.data.buckets
+            },
         },
         "compute": {
             "dtype": str(compute_dtype(config.parallel, mesh.device)).removeprefix("torch."),

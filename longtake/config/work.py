@@ -10,7 +10,13 @@ from longtake.config.run import RunConfig
 from longtake.data import Bucket
 from longtake.encoders import VideoEncoder
 from longtake.parallel import Mesh, compute_dtype
-from longtake.planning import forward_macs, peak_bf16_flops, token_grid, training_flops
+from longtake.planning import (
+    exchanged_bytes,
+    forward_macs,
+    peak_bf16_flops,
+    token_grid,
+    training_flops,
+)
 from longtake.training import ThroughputMeter
 
 
@@ -52,6 +58,42 @@ def work_of_latents(config: RunConfig, latents: tuple[int, int, int], *, samples
         "tokens": samples * grid.total,
         "flops": samples * training_flops(macs),
     }
+
+
+def exchanged_mib(config: RunConfig, mesh: Mesh, latents: tuple[int, int, int]) -> float:
+    """MiB that each process puts into all-to-alls per sample of so many latent frames, rows and
+    columns, in one forward; the backward sends as much, and blocks computed again the forward's."""
+    depth, hidden_size, _ = config.model.dimensions
+    count = exchanged_bytes(
+        config.model.name,
+        token_grid(latents, patch=config.model.patch_size),
+        hidden_size=hidden_size,
+        depth=depth,
+        sp=mesh.sp,
+        bytes_per_value=compute_dtype(config.parallel, mesh.device).itemsize,
+    )
+    return count / 2**20
+
+
+def token_notes(config: RunConfig, mesh: Mesh, video_encoder: VideoEncoder) -> list[str]:
+    """What a user of sequence parallelism should know of this run; nothing without it."""
+    if mesh.sp == 1:
+        return []
+    notes = [
+        f"sp={mesh.sp}: the processes of a group share the tokens of a sample; decoding and "
+        "encoding it is not shared, each does it for itself (a latent store spares it)"
+    ]
+    has_frames = config.model.name not in ("dit", "pixart")
+    for bucket in config.data.buckets:
+        grid = token_grid(latents_of_bucket(video_encoder, bucket), patch=config.model.patch_size)
+        filled = -(-grid.time // mesh.sp) * mesh.sp
+        if has_frames and filled != grid.time:
+            notes.append(
+                f"bucket {bucket} has {grid.time} frames of patches, which sp={mesh.sp} fills up "
+                f"to {filled}: {1 - grid.time / filled:.0%} of the work outside of temporal "
+                "attention is for nothing"
+            )
+    return notes
 
 
 def throughput_meter(config: RunConfig, mesh: Mesh) -> ThroughputMeter:

@@ -24,7 +24,7 @@ from longtake.models.config import ModelConfig
 from longtake.models.dit import DiTBlock
 from longtake.models.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify
 from longtake.models.layers import AdaptiveFinalLayer, SpatialAttention, TemporalAttention
-from longtake.models.positions import spatial_positions, temporal_positions
+from longtake.models.positions import TemporalPositions, spatial_positions
 
 
 class Latte(nn.Module):
@@ -39,6 +39,7 @@ class Latte(nn.Module):
         self.x_embedder = PatchEmbed(
             config.in_channels, hidden_size, config.patch_size, frame_by_frame=True
         )
+        self.time_positions = TemporalPositions(config)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(config.num_classes, hidden_size)
         self.blocks = nn.ModuleList(
@@ -69,7 +70,7 @@ class Latte(nn.Module):
         x_BTSD = self.x_embedder(latents_BCTHW)
         T, H, W = self.x_embedder.grid(latents_BCTHW)
         space_SD = spatial_positions(H, W, self.config, x_BTSD.device).to(x_BTSD.dtype)
-        time_TD = temporal_positions(T, self.config, x_BTSD.device).to(x_BTSD.dtype)
+        time_TD = self.time_positions(T, x_BTSD.device).to(x_BTSD.dtype)
         condition_BD = self.t_embedder(t_B) + self.y_embedder(labels_B, drop_B)
         condition_B11D = condition_BD[:, None, None]
 

@@ -6,7 +6,7 @@ Letters: T frames, H W height and width in patches, S = H W, D hidden size.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtake.models.config import ModelConfig
 from longtake.ops.sincos import sincos
@@ -55,3 +55,14 @@ def video_positions(
     if num_frames == 1:
         return positions_1SD
     return positions_1SD + temporal_positions(num_frames, config, device)[:, None]
+
+
+class TemporalPositions(nn.Module):
+    """`temporal_positions` as a part of a model, for one that adds them between its blocks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, num_frames: int, device: torch.device | None = None) -> Tensor:
+        return temporal_positions(num_frames, self.config, device)

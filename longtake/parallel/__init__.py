@@ -1,4 +1,5 @@
-"""Makes a finished model sharded, checkpointed and compiled, and owns the processes it runs on."""
+"""Makes a finished model sequence-parallel, sharded, checkpointed and compiled, and owns the
+processes it runs on."""
 
 from longtake.parallel.collectives import (
     PeerError,

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longtake.parallel.activation_checkpointing import CheckpointingPolicy
+from longtake.parallel.exchange import TokenGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +33,10 @@ class ParallelConfig:
     """Groups of processes that each hold the whole model; above 1 this is hybrid sharding (HSDP).
     """
     dp_shard: int = -1
-    """Processes that share one copy of weights, gradients and optimizer state; -1 takes the rest.
-    """
+    """Data-parallel processes that share one copy of weights, gradients and optimizer state; -1
+    takes the rest. With sp, the copy is spread over dp_shard × sp processes."""
     sp: int = 1
-    """Processes that share the tokens of one sample."""
+    """Processes that share the tokens of one sample (docs/parallelism.md)."""
     compile: bool | None = None
     """torch.compile of every block; None means on CUDA only."""
     param_dtype: Literal["bf16", "fp32"] | None = None
@@ -66,7 +67,8 @@ class Mesh:
     rank: int
     world_size: int
     device: torch.device
-    device_mesh: DeviceMesh  # axes dp_replicate, dp_shard
+    device_mesh: DeviceMesh  # axes dp_replicate, dp_shard_sp
+    token_group: TokenGroup | None  # None without sequence parallelism
 
     @property
     def dp_size(self) -> int:
@@ -77,6 +79,11 @@ class Mesh:
         return self.rank // self.sp
 
     @property
+    def num_shards(self) -> int:
+        """Processes that share one copy of the weights."""
+        return self.dp_shard * self.sp
+
+    @property
     def is_first(self) -> bool:
         """Whether this process is the one that logs and writes the run's single files."""
         return self.rank == 0
@@ -84,7 +91,7 @@ class Mesh:
     @property
     def fsdp_mesh(self) -> DeviceMesh:
         """What `fully_shard` wants: one axis for plain sharding, two for hybrid sharding."""
-        return self.device_mesh if self.dp_replicate > 1 else self.device_mesh["dp_shard"]
+        return self.device_mesh if self.dp_replicate > 1 else self.device_mesh["dp_shard_sp"]
 
     def with_own_groups(self) -> Mesh:
         """The same grid over process groups of its own; all processes must call it together.
@@ -165,8 +172,11 @@ def build_mesh(config: ParallelConfig, device: torch.device | None = None) -> Me
     device = device if device is not None else torch.device("cpu")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dp_replicate, dp_shard = resolve_degrees(config, world_size)
+    # For weights, the processes that share tokens count as further shards.
     device_mesh = init_device_mesh(
-        device.type, (dp_replicate, dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
+        device.type,
+        (dp_replicate, dp_shard * config.sp),
+        mesh_dim_names=("dp_replicate", "dp_shard_sp"),
     )
     return Mesh(
         dp_replicate=dp_replicate,
@@ -176,7 +186,17 @@ def build_mesh(config: ParallelConfig, device: torch.device | None = None) -> Me
         world_size=world_size,
         device=device,
         device_mesh=device_mesh,
+        token_group=_token_group(config.sp, rank, timedelta(seconds=config.timeout_seconds)),
     )
+
+
+def _token_group(sp: int, rank: int, timeout: timedelta) -> TokenGroup | None:
+    """Neighbours, on one machine as far as it goes: they exchange tokens in every block."""
+    if sp == 1:
+        return None
+    group, _ = dist.new_subgroups(sp, timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    return TokenGroup(name=group.group_name, size=sp, rank=rank % sp)
 
 
 def resolve_degrees(config: ParallelConfig, world_size: int) -> tuple[int, int]:
@@ -184,27 +204,36 @@ def resolve_degrees(config: ParallelConfig, world_size: int) -> tuple[int, int]:
 
     Raises: ValueError naming the degree that does not fit and those that would.
     """
-    if config.sp != 1:
-        raise ValueError(f"sp={config.sp}: sequence parallelism is not available yet, use sp=1")
-    if config.dp_replicate < 1:
-        raise ValueError(f"dp_replicate={config.dp_replicate} must be at least 1")
+    for name in ("dp_replicate", "sp"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
     if config.dp_shard < 1 and config.dp_shard != -1:
         raise ValueError(f"dp_shard={config.dp_shard} must be at least 1, or -1 for the rest")
+    if world_size % config.sp:
+        raise ValueError(
+            f"sp={config.sp} must divide the {world_size} processes: use one of "
+            f"{_divisors(world_size)}, or start a multiple of {config.sp} processes"
+        )
+    dp_size = world_size // config.sp
+    of_groups = "" if config.sp == 1 else f" / sp={config.sp}"
     if config.dp_shard == -1:
-        if world_size % config.dp_replicate:
-            fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        if dp_size % config.dp_replicate:
             raise ValueError(
-                f"dp_replicate={config.dp_replicate} must divide the {world_size} processes: "
-                f"use one of {', '.join(map(str, fitting))}"
+                f"dp_replicate={config.dp_replicate} must divide the {world_size} "
+                f"processes{of_groups}: use one of {_divisors(dp_size)}"
             )
-        return config.dp_replicate, world_size // config.dp_replicate
-    if config.dp_replicate * config.dp_shard != world_size:
+        return config.dp_replicate, dp_size // config.dp_replicate
+    if config.dp_replicate * config.dp_shard != dp_size:
         raise ValueError(
             f"dp_replicate={config.dp_replicate} × dp_shard={config.dp_shard} must equal the "
-            f"{world_size} processes: change one of them, use dp_shard=-1 for the rest, or start "
-            f"{config.dp_replicate * config.dp_shard} processes"
+            f"{world_size} processes{of_groups}: change one of them, use dp_shard=-1 for the rest, "
+            f"or start {config.dp_replicate * config.dp_shard * config.sp} processes"
         )
     return config.dp_replicate, config.dp_shard
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:

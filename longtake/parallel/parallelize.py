@@ -8,18 +8,24 @@ from torch import nn
 from longtake.parallel.activation_checkpointing import checkpoint_blocks
 from longtake.parallel.compile import compile_blocks
 from longtake.parallel.mesh import Mesh, ParallelConfig, compute_dtype
+from longtake.parallel.sequence import split_sequence
 from longtake.parallel.shard import shard_blocks
 
 
 def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Module:
-    """Makes a model checkpointed, compiled and sharded as the config says, in place, and returns
-    it.
+    """Makes a model sequence-parallel, checkpointed, compiled and sharded as the config says, in
+    place, and returns it.
 
     The model is best still on the meta device; then come `materialize` and the weights. The order
-    matters: recomputation calls the compiled graph, and weights are gathered outside of both.
+    matters: the exchanges of tokens are part of the compiled graph, recomputation calls it, and
+    weights are gathered outside of both.
+
+    Raises: ValueError if the model cannot be spread over so many processes.
     """
     blocks = model.blocks
     assert isinstance(blocks, nn.ModuleList), "a model's blocks are its units of sharding"
+    if mesh.token_group is not None:
+        split_sequence(model, mesh.token_group)
     if is_compiled(config, mesh.device):
         compile_blocks(blocks)
     # Around the graph: within it, PyTorch 2.11 keeps whatever the operations with a backward of
@@ -31,7 +37,7 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
         mesh.fsdp_mesh,
         param_dtype=compute_dtype(config, mesh.device),
         reshard_after_forward=(
-            mesh.dp_shard > 1
+            mesh.num_shards > 1
             if config.reshard_after_forward is None
             else config.reshard_after_forward
         ),

@@ -1,6 +1,8 @@
-"""Arithmetic about runs without running them: tokens, FLOPs, peaks, disks. Plain numbers."""
+"""Arithmetic about runs without running them: tokens, FLOPs, what travels, hardware peaks, disks.
+Plain numbers only."""
 
 from longtake.planning.break_even import break_even_steps
+from longtake.planning.communication import exchanged_bytes
 from longtake.planning.disk import (
     FORMS,
     DiskPlan,
@@ -27,6 +29,7 @@ __all__ = [
     "attention_rate",
     "break_even_steps",
     "count_tokens",
+    "exchanged_bytes",
     "floor_seconds",
     "forward_macs",
     "latent_size",

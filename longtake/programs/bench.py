@@ -178,7 +178,8 @@ def _write(folder: Path | None, report: TableReport) -> None:
 _STEP = """\
 Time the step of one configuration: --preset NAME or --config FILE, dotted overrides as in train.
 
-  --micro-batch N        samples per step and process; default: the bucket's batch size
+  --micro-batch N        samples per step and process (with sp: per group of processes that share
+                         their tokens); default: the bucket's batch size, shared by all
   --sizing HOW           fixed; halve (until it fits); search (the best, from N or from a guess on)
   --encoders WHAT        absent (random latents; the default), on-line, or cached (as from a store)
   --bucket I             which of the configuration's buckets, from 0

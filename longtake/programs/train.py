@@ -31,6 +31,7 @@ from longtake.config import (
     run_record,
     throughput_meter,
     to_plain,
+    token_notes,
     verify_kernels,
     work_of_step,
 )
@@ -150,6 +151,8 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
             text_encoder=text_encoder,
         )
 
+        for note in token_notes(config, mesh, video_encoder):
+            log.info(note)
         if device.type == "cuda":
             shapes = [latents_of_bucket(video_encoder, bucket) for bucket in config.data.buckets]
             for failure in verify_kernels(config, shapes, device):

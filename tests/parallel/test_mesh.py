@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from longtake.parallel import ParallelConfig, build_mesh, start_distributed, stop_distributed
 from longtake.parallel.mesh import compute_dtype, resolve_degrees
@@ -15,6 +17,8 @@ from tests.processes import run_in_processes
         (ParallelConfig(), 6, (1, 6)),
         (ParallelConfig(dp_replicate=2), 8, (2, 4)),
         (ParallelConfig(dp_replicate=4, dp_shard=1), 4, (4, 1)),
+        (ParallelConfig(sp=2), 8, (1, 4)),
+        (ParallelConfig(sp=4, dp_replicate=2, dp_shard=1), 8, (2, 1)),
     ],
 )
 def test_degrees_fill_the_processes(config, world_size, expected):
@@ -31,7 +35,16 @@ def test_degrees_fill_the_processes(config, world_size, expected):
         (ParallelConfig(dp_replicate=3), r"dp_replicate=3 must divide .* 1, 2, 4, 8"),
         (ParallelConfig(dp_replicate=0), r"dp_replicate=0 must be at least 1"),
         (ParallelConfig(dp_shard=-2), r"dp_shard=-2 must be at least 1, or -1"),
-        (ParallelConfig(sp=2), r"sp=2: sequence parallelism is not available yet"),
+        (ParallelConfig(sp=0), r"sp=0 must be at least 1"),
+        (ParallelConfig(sp=3), r"sp=3 must divide the 8 processes: use one of 1, 2, 4, 8, or"),
+        (
+            ParallelConfig(sp=2, dp_replicate=3),
+            r"dp_replicate=3 must divide the 8 processes / sp=2: use one of 1, 2, 4",
+        ),
+        (
+            ParallelConfig(sp=2, dp_shard=8),
+            r"dp_shard=8 must equal the 8 processes / sp=2: .* or start 16 processes",
+        ),
     ],
 )
 def test_degrees_that_do_not_fit_are_named(config, message):
@@ -49,6 +62,22 @@ def test_compute_dtype_follows_the_device():
     assert compute_dtype(ParallelConfig(), torch.device("cpu")) == torch.float32
     assert compute_dtype(ParallelConfig(), torch.device("cuda")) == torch.bfloat16
     assert compute_dtype(ParallelConfig(param_dtype="fp32"), torch.device("cuda")) == torch.float32
+
+
+def _places():
+    mesh = build_mesh(ParallelConfig(sp=2, dp_replicate=2), start_distributed("cpu"))
+    ranks = dist.get_process_group_ranks(_resolve_process_group(mesh.token_group.name))
+    return mesh.dp_rank, mesh.token_group.rank, ranks, mesh.fsdp_mesh.mesh.tolist()
+
+
+def test_a_token_group_is_of_neighbours_and_sees_the_same_samples():
+    weights = [[0, 1], [2, 3]]
+    assert run_in_processes(_places, 4) == [
+        (0, 0, [0, 1], weights),
+        (0, 1, [0, 1], weights),
+        (1, 0, [2, 3], weights),
+        (1, 1, [2, 3], weights),
+    ]
 
 
 def _lonely():

@@ -160,3 +160,17 @@ def test_processes_of_one_run_are_timed_together(tmp_path):
     assert measured.micro_batch == 4  # half of the bucket's 8 each
     searching = longtake_in(2, "bench", "step", *arguments, "--sizing", "search")
     assert "give --micro-batch a number under torchrun" in searching[0].err
+
+
+def test_processes_that_share_tokens_are_rated_per_device(tmp_path):
+    path = tmp_path / "step.json"
+    arguments = ("--preset", "quickstart", *SMALL, *QUICK, "--no-ceilings", "--json", path)
+    first, second = longtake_in(2, "bench", "step", *arguments, "--parallel.sp", 2)
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert "sp=2" in first.out
+    measured = load_report(path, StepReport).measurement
+    assert measured is not None
+    assert (measured.num_devices, measured.sp) == (2, 2)
+    assert measured.micro_batch == 8  # all of the bucket's, for both
+    seconds = measured.timing.median_ms / 1000
+    assert measured.samples_per_second == pytest.approx(8 / 2 / seconds)

@@ -36,6 +36,11 @@ REFUSALS = {
         ["--train.accumulation", "3"],
         "batch_size=4 does not divide into 1 processes x 3 micro-batches: use 3 or 6",
     ),
+    "token groups": (
+        TEXT,
+        ["--parallel.sp", "2"],
+        "sp=2 must divide the 1 processes: use one of 1, or start a multiple of 2 processes",
+    ),
     "channels": (TEXT, ["--model.in-channels", "4"], "set model.in_channels=24"),
     "variance": (TEXT, ["--model.learn-sigma", "True"], "set model.learn_sigma=False"),
     "caption width": (TEXT, ["--model.caption-channels", "24"], "8 tokens of 16 channels"),
@@ -140,6 +145,15 @@ def test_processes_tell_a_common_mistake_once(tmp_path, manifest):
     assert "error on rank 1: " in outcomes[1].err
     ok = longtake_in(2, "train", "--config", path, "--train.steps", "1")
     assert [outcome.out.count("step 1/1") for outcome in ok] == [1, 0]
+
+
+def test_heads_that_cannot_be_shared_are_refused(tmp_path, manifest):
+    config = labelled(tiny_config(tmp_path, manifest))
+    arguments = ["--config", save_config(config), "--parallel.sp", 2, "--model.num-heads", 1]
+    outcomes = longtake_in(2, "train", *arguments)
+    assert [outcome.status for outcome in outcomes] == [2, 2]
+    assert "sp=2 must divide the model's num_heads=1" in outcomes[0].err
+    assert "Traceback" not in outcomes[0].err
 
 
 def _run_as_torchrun(path):

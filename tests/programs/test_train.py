@@ -15,6 +15,7 @@ from tests.programs.runs import (
     SIDE,
     labelled,
     longtake,
+    longtake_in,
     losses,
     python_m_longtake,
     run_folder,
@@ -207,3 +208,56 @@ def test_dry_run_prints_a_config_that_loads_back(tmp_path, manifest):
     assert load_yaml(tmp_path / "printed.yaml", RunConfig) == expected
     assert outcome.out == dump_yaml(expected)
     assert not run_folder(config).exists()
+
+
+def _with_sampling_and_validation(folder, manifest):
+    folder.mkdir()
+    config = tiny_config(
+        folder,
+        manifest,
+        train=TrainConfig(steps=6, log_every_steps=1),
+        validation=ValidationConfig(manifest=str(manifest), every_steps=4, num_timesteps=2),
+    )
+    # Three frames do not divide by two, and neither do nine patches of a frame.
+    bucket = Bucket(num_frames=3, height=40, width=40, batch_size=4)
+    return replace(
+        config,
+        model=replace(config.model, depth=2),
+        data=replace(config.data, buckets=(bucket,)),
+        sampling=replace(config.sampling, prompts=("a square",)),
+    )
+
+
+def test_processes_that_share_tokens_train_as_one(tmp_path, manifest):
+    alone = _with_sampling_and_validation(tmp_path / "alone", manifest)
+    reference = train(alone)
+    shared = _with_sampling_and_validation(tmp_path / "shared", manifest)
+    path, folder = save_config(shared), run_folder(shared)
+    first, second = longtake_in(
+        2, "train", "--config", path, "--parallel.sp", 2, "--train.steps", 4
+    )
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert first.batches == second.batches
+    assert first.batches.items() <= reference.batches.items()
+    assert "the processes of a group share the tokens of a sample" in first.err
+    assert "bucket 3x40x40 has 3 frames of patches, which sp=2 fills up to 4: 25%" in first.err
+    record = json.loads((folder / "run.json").read_text())["parallel"]
+    assert (record["processes"], record["dp_shard"], record["sp"]) == (2, 1, 2)
+    # 2 blocks of 2 passes over half of 3 x 9 tokens, filled up to 4 x 10, of 32 values.
+    assert record["exchanged_mib_per_sample"] == {"3x40x40": 2 * 2 * 4 * 10 // 2 * 32 * 4 / 2**20}
+
+    # What two processes saved, one goes on with.
+    train(shared)
+    assert losses(folder) == pytest.approx(losses(run_folder(alone)), rel=1e-5)
+    held_out = [
+        [line["validation/loss"] for line in read_metrics(run) if "validation/loss" in line]
+        for run in (folder, run_folder(alone))
+    ]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-5)
+    assert len(held_out[0]) == 3
+    clips = [
+        read_clip(run / "samples/step-00000006/000.mp4", num_frames=3)
+        for run in (folder, run_folder(alone))
+    ]
+    assert (clips[0].int() - clips[1].int()).abs().float().mean() < 1
+    assert (folder / "samples/step-00000004/000.mp4").exists()

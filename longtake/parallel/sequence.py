@@ -1,0 +1,134 @@
+"""Sequence parallelism: the tokens of a sample spread over a group of processes, from outside the
+model.
+
+The stream is split along its first dimension of tokens before the first block (T of x_BTSD, N of
+x_BND) and gathered behind the final layer, where a token is a few values per patch instead of the
+hidden size. In between, what a layer does is decided by which tokens its attention sees:
+
+    spatial attention,        the patches of a frame,    nothing travels: frames are whole
+    cross-attention, MLP      a caption; itself
+    temporal attention        the frames at one place    the branch runs on a shard of places
+    full attention            all tokens                 the core runs on a shard of heads (Ulysses)
+
+Around the temporal branch the residual stream travels, once in and once out: 2 passes of the hidden
+size per token. Around its core it would be 4: q, k and v in, what was attended to out. And within
+the branch all frames are there, so that positions in time are those of one process without a word
+to the model.
+
+Source: Zhao et al., "DSP: dynamic sequence parallelism", arXiv:2403.10266, and Jacobs et al.,
+"DeepSpeed Ulysses", arXiv:2309.14509.
+
+Letters: B batch, T frames, S spatial patches, N = T S tokens, D hidden size, A heads, E size per
+head; 3 is q, k and v.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from longtake.models.layers import (
+    FullAttention,
+    SelfAttention,
+    SpatialAttention,
+    TemporalAttention,
+)
+from longtake.models.positions import TemporalPositions
+from longtake.parallel.exchange import TokenGroup, exchange, gather_parts, own_part
+
+
+def split_sequence(model: nn.Module, group: TokenGroup) -> None:
+    """Makes each process of the group compute its part of every sample's tokens, in place.
+
+    The model is then called as before, by all processes of the group with the same inputs, and
+    gives all of them the whole prediction. Parameter names stay. Averaged over all processes,
+    gradients are those of one process.
+
+    Raises: ValueError if the model's heads do not divide over the group.
+    """
+    blocks, final_layer = model.blocks, model.final_layer
+    assert isinstance(blocks, nn.ModuleList), "a model's blocks are where tokens are split"
+    assert isinstance(final_layer, nn.Module), "a model's final layer is where they are gathered"
+    stream = _Stream(group)
+    for module in list(model.modules()):
+        if isinstance(module, SelfAttention):
+            _spread(module, stream)
+        elif isinstance(module, TemporalPositions):
+            module.register_forward_hook(stream.take_own_frames)
+    blocks[0].register_forward_pre_hook(stream.split)
+    final_layer.register_forward_hook(stream.gather)
+
+
+def _spread(attention: SelfAttention, stream: _Stream) -> None:
+    """What an attention needs so that its tokens see those of other processes."""
+    core = attention.core
+    if isinstance(core, TemporalAttention):
+        attention.register_forward_pre_hook(stream.frames_to_places)
+        attention.register_forward_hook(stream.places_to_frames)
+    elif isinstance(core, FullAttention):
+        heads, size = attention.num_heads, stream.group.size
+        if heads % size:
+            fitting = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+            raise ValueError(
+                f"sp={size} must divide the model's num_heads={heads}, since attention over all "
+                f"tokens is spread over heads: use sp={', '.join(fitting)}"
+            )
+        attention.core = UlyssesAttention(core, stream)
+    else:
+        assert isinstance(core, SpatialAttention), f"which tokens does {type(core).__name__} see?"
+
+
+class UlyssesAttention(nn.Module):
+    """A core on all tokens and a part of the heads, for tokens and heads the other way round."""
+
+    def __init__(self, core: FullAttention, stream: _Stream) -> None:
+        super().__init__()
+        self.core = core
+        self.stream = stream
+
+    def forward(self, qkv_BN3AE: Tensor) -> Tensor:
+        group, (num_tokens,) = self.stream.group, self.stream.sizes
+        num_heads = qkv_BN3AE.shape[3]
+        qkv_BN3AE = exchange(qkv_BN3AE, group, scatter_dim=3, gather_dim=1, length=num_tokens)
+        out_BNAE = self.core(qkv_BN3AE)
+        return exchange(out_BNAE, group, scatter_dim=1, gather_dim=2, length=num_heads)
+
+
+class _Stream:
+    """A model's residual stream while it is spread over a group, as the hooks that move it."""
+
+    def __init__(self, group: TokenGroup) -> None:
+        self.group = group
+        self.sizes: tuple[int, ...] = ()
+        """Of the whole stream, (T, S) or (N,): a part of it does not tell. Noted at every split; a
+        backward that computes a block again comes before the next."""
+
+    def split(self, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Before the first block, whose first argument is the stream."""
+        x_BND = args[0]
+        self.sizes = tuple(x_BND.shape[1:-1])
+        return own_part(x_BND, self.group, dim=1), *args[1:]
+
+    def gather(self, layer: nn.Module, args: tuple[Any, ...], patches_BNP: Tensor) -> Tensor:
+        """Behind the final layer: (B, N, P), or (B, T, S, P); N is in the order (T, S)."""
+        length = self.sizes[0]
+        rows_per_length = patches_BNP.shape[1] // self.group.share(length)
+        return gather_parts(patches_BNP, self.group, dim=1, length=length * rows_per_length)
+
+    def frames_to_places(self, branch: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Before a temporal branch: from some frames of all places to all frames of some."""
+        num_frames, _ = self.sizes
+        x_BTSD = exchange(args[0], self.group, scatter_dim=2, gather_dim=1, length=num_frames)
+        return x_BTSD, *args[1:]
+
+    def places_to_frames(self, branch: nn.Module, args: tuple[Any, ...], x_BTSD: Tensor) -> Tensor:
+        """Behind a temporal branch: and back."""
+        _, num_places = self.sizes
+        return exchange(x_BTSD, self.group, scatter_dim=1, gather_dim=2, length=num_places)
+
+    def take_own_frames(
+        self, positions: nn.Module, args: tuple[Any, ...], time_TD: Tensor
+    ) -> Tensor:
+        """Behind a table of positions in time that is added to the split stream."""
+        return own_part(time_TD, self.group, dim=0)

@@ -1,0 +1,158 @@
+"""Tokens of a sample spread over processes: always the loss and gradients of one process. What is
+tried here in a few layouts, `make matrix` tries in all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from longtake.models import build_model
+from longtake.ops.kernels import KernelConfig
+from longtake.parallel.exchange import TokenGroup
+from longtake.parallel.sequence import split_sequence
+from longtake.planning import exchanged_bytes, token_grid
+from tests.parallel.sequence_cases import (
+    EVEN,
+    FUSED,
+    IMAGE,
+    NAMES,
+    SIZES,
+    UNEVEN,
+    Case,
+    assert_same,
+    errors_of,
+    exchanged,
+    in_double,
+    runs,
+    sharded,
+)
+from tests.processes import run_in_processes
+
+# Batches that are added up in another order, and nothing else.
+DOUBLE, SINGLE = 1e-12, 1e-5
+
+
+def test_in_double_every_model_has_the_gradients_of_one_process():
+    cases = [Case(name).on(sp=2) for name in NAMES]
+    cases += [
+        Case("stdit", "iddpm", EVEN).on(sp=2),
+        Case("pixart", "iddpm", EVEN).on(sp=2),
+        # One frame: the other process has none, or half of the frame's tokens.
+        Case("stdit2", "flow", IMAGE).on(sp=2),
+        Case("dit", "iddpm", IMAGE).on(sp=2),
+    ]
+    for results in run_in_processes(in_double, 2, cases, timeout_seconds=120):
+        for case, found in zip(cases, results, strict=True):
+            assert_same(found, case, tolerance=DOUBLE, dtype=torch.float64)
+
+
+@pytest.mark.slow
+def test_sharded_checkpointed_compiled_and_accumulated_it_stays_the_same():
+    cases = [
+        Case("stdit").on(sp=2, checkpointing="none"),
+        Case("stdit", accumulation=2).on(sp=2, checkpointing="full", compile=True),
+        Case("stdit2", "iddpm").on(sp=2, compile=True),
+        Case("pixart", accumulation=2).on(sp=2, checkpointing="full"),
+        Case("pixart", "iddpm", EVEN).on(sp=2, compile=True),
+        Case("latte").on(sp=2, compile=True, checkpointing="full"),
+    ]
+    for results in run_in_processes(sharded, 2, cases, timeout_seconds=200):
+        for case, found in zip(cases, results, strict=True):
+            assert_same(found, case, tolerance=SINGLE)
+
+
+@pytest.mark.slow
+def test_on_fused_kernels_it_stays_the_same():
+    pytest.importorskip("triton")
+    cases = [
+        Case("stdit2", kernels=FUSED).on(sp=2, compile=True),
+        Case("stdit", kernels=FUSED).on(sp=2),
+        Case("pixart", kernels=FUSED).on(sp=2, compile=True, checkpointing="full"),
+    ]
+    for results in run_in_processes(sharded, 2, cases, timeout_seconds=250):
+        for case, found in zip(cases, results, strict=True):
+            assert_same(found, case, tolerance=1e-4)
+
+
+@pytest.mark.slow
+def test_with_data_parallel_groups_it_stays_the_same():
+    cases = [
+        Case("stdit2").on(sp=2),
+        Case("pixart").on(sp=2, dp_replicate=2),
+        Case("stdit", "iddpm").on(sp=4),  # one process has no frame at all
+    ]
+    for results in run_in_processes(sharded, 4, cases, timeout_seconds=200):
+        for case, found in zip(cases, results, strict=True):
+            assert_same(found, case, tolerance=SINGLE)
+
+
+@pytest.mark.slow
+def test_twenty_steps_have_the_losses_of_one_process():
+    cases = [Case("stdit"), Case("pixart", "iddpm")]
+    (expected,) = run_in_processes(runs, 1, cases, 20, timeout_seconds=120)
+    spread = [case.on(sp=2) for case in cases]
+    for results in run_in_processes(runs, 2, spread, 20, timeout_seconds=120):
+        for (losses, norms), (same_losses, same_norms) in zip(results, expected, strict=True):
+            assert losses == pytest.approx(same_losses, rel=1e-4)
+            assert norms == pytest.approx(same_norms, rel=1e-3)
+            assert len(set(losses)) == 20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_on_two_gpus_it_stays_the_same():
+    cases = [
+        Case("stdit", accumulation=2),
+        Case("stdit2", "iddpm"),
+        Case("latte"),
+        Case("pixart", "iddpm"),
+    ]
+    single = [case.on(sp=2, param_dtype="fp32", compile=False) for case in cases]
+    for results in run_in_processes(sharded, 2, single, "cuda", timeout_seconds=250):
+        for case, found in zip(single, results, strict=True):
+            assert_same(found, case, tolerance=1e-4)
+
+    # Compiled and on the kernels that training takes, bf16 is no further from float32 than alone.
+    half = [replace(case, kernels=KernelConfig()) for case in cases]
+    (lone,) = run_in_processes(sharded, 1, half, "cuda", timeout_seconds=250)
+    spread = [case.on(sp=2) for case in half]
+    for results in run_in_processes(sharded, 2, spread, "cuda", timeout_seconds=250):
+        for case, found, same in zip(half, results, lone, strict=True):
+            allowed = errors_of(same, case)
+            for name, error in errors_of(found, case).items():
+                assert error <= 2 * allowed[name] + 1e-3, (case.model, name, error, allowed[name])
+
+
+def test_what_is_exchanged_is_what_the_formula_says():
+    cases = [
+        Case(name, latents=latents).on(sp=2, checkpointing=checkpointing)
+        for name, latents, checkpointing in (
+            ("stdit", EVEN, "none"),
+            ("stdit", UNEVEN, "full"),
+            ("latte", UNEVEN, "none"),
+            ("pixart", EVEN, "full"),
+            ("dit", UNEVEN, "selective"),
+        )
+    ]
+    for results in run_in_processes(exchanged, 2, cases):
+        for case, (forward, backward) in zip(cases, results, strict=True):
+            grid = token_grid(case.latents)
+            expected = exchanged_bytes(
+                case.model,
+                grid,
+                hidden_size=SIZES["hidden_size"],
+                depth=SIZES["depth"],
+                sp=2,
+                bytes_per_value=4,
+            )
+            again = expected if case.parallel.checkpointing == "full" else 0
+            assert (forward, backward) == (expected, expected + again), case
+
+
+def test_heads_that_do_not_divide_are_named_with_the_choices():
+    with torch.device("meta"):
+        model = build_model("pixart", "tiny")
+    with pytest.raises(ValueError, match=r"sp=3 must divide .* num_heads=4.* sp=1, 2, 4"):
+        split_sequence(model, TokenGroup("none", size=3, rank=0))

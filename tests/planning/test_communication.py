@@ -1,0 +1,35 @@
+import pytest
+
+from longtake.planning import TokenGrid, exchanged_bytes
+
+# 64 frames of 512 x 512: 64 x 1024 tokens of 1152 values in bf16.
+GRID = TokenGrid(64, 1024)
+ALL_TOKENS = 64 * 1024 * 1152 * 2
+
+
+def _bytes(model: str, grid: TokenGrid, sp: int, depth: int = 28) -> int:
+    return exchanged_bytes(model, grid, hidden_size=1152, depth=depth, sp=sp)
+
+
+@pytest.mark.parametrize(
+    ("model", "passes"),
+    [("stdit", 2 * 28), ("stdit2", 2 * 28), ("latte", 2 * 14), ("dit", 4 * 28), ("pixart", 4 * 28)],
+)
+@pytest.mark.parametrize("sp", [2, 4, 8])
+def test_passes_over_the_tokens_of_a_process(model, passes, sp):
+    assert _bytes(model, GRID, sp) == passes * ALL_TOKENS // sp
+
+
+def test_fillers_travel_along():
+    # 3 frames as 4, 5 places as 6; 15 tokens as 16.
+    assert _bytes("stdit", TokenGrid(3, 5), 2, depth=1) == 2 * (4 * 6 // 2) * 1152 * 2
+    assert _bytes("pixart", TokenGrid(3, 5), 2, depth=1) == 4 * (16 // 2) * 1152 * 2
+
+
+def test_one_process_sends_nothing():
+    assert _bytes("stdit", GRID, 1) == 0
+
+
+def test_unknown_models_are_named():
+    with pytest.raises(ValueError, match="model=unet has no formula for sequence parallelism"):
+        _bytes("unet", GRID, 2)
