@@ -51,9 +51,9 @@ def ready_text_encoder(config: TextEncoderConfig, mesh: Mesh, seed: int) -> Text
     if isinstance(text, T5Encoder):
         if config.compile or (config.compile is None and mesh.device.type == "cuda"):
             compile_blocks(text.blocks)
-        if config.placement == "sharded" and mesh.dp_shard == 1 and mesh.world_size > 1:
+        if config.placement == "sharded" and mesh.num_shards == 1 and mesh.world_size > 1:
             log.warning(
-                "text_encoder.placement=sharded has no effect with parallel.dp_shard=1: no two "
+                "text_encoder.placement=sharded has no effect with parallel.dp_shard=1 and sp=1: no two "
                 "processes share weights, so each holds the whole text encoder"
             )
         # After compilation, as for the transformer: weights are gathered outside of the graphs.
@@ -74,7 +74,7 @@ def text_placement(config: TextEncoderConfig, text: TextEncoder | None, mesh: Me
     Encoders without weights are always replicated, and so is T5 where no two processes share
     weights.
     """
-    if not isinstance(text, T5Encoder) or mesh.dp_shard == 1:
+    if not isinstance(text, T5Encoder) or mesh.num_shards == 1:
         return "replicated"
     if config.placement != "auto" or mesh.device.type != "cuda":
         return "sharded" if config.placement == "sharded" else "replicated"

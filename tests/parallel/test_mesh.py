@@ -101,10 +101,10 @@ def _groups(dp_replicate):
     names = [
         one.device_mesh.get_group(axis).group_name
         for one in (mesh, own)
-        for axis in ("dp_replicate", "dp_shard")
+        for axis in ("dp_replicate", "dp_shard_sp")
     ]
     total = torch.tensor([float(mesh.rank)])
-    torch.distributed.all_reduce(total, group=own.device_mesh.get_group("dp_shard"))
+    torch.distributed.all_reduce(total, group=own.device_mesh.get_group("dp_shard_sp"))
     same = own.fsdp_mesh.mesh.tolist() == mesh.fsdp_mesh.mesh.tolist()
     return len(set(names)), same, total.item()
 
