@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,14 @@ import numpy as np
 from torch import Tensor
 
 from longtake import cli
-from longtake.config import RunConfig
+from longtake.config import RunConfig, TrainConfig
+from longtake.data import Bucket
+from longtake.encoders import TextEncoderConfig, VideoEncoderConfig
 from longtake.encoders.dct import DctEncoder
+from longtake.training import CheckpointConfig
 from tests.data.media import make_video
-from tests.programs.runs import save_config, write_manifest
+from tests.programs.conftest import TINY_VAE
+from tests.programs.runs import save_config, tiny_config, write_manifest
 
 SIDE = 32
 # One sample a shard: 24 channels of 4 x 4 x 4 latents in bf16, 3 KiB.
@@ -33,6 +39,31 @@ def make_many_clips(folder: Path, count: int, *, num_frames: int = 6) -> Path:
         caption = " ".join(["word"] * (number % 5) + [f"number {number}"])
         rows.append({"path": f"{number}.mp4", "caption": caption, "label": number % 3})
     return write_manifest(folder / "many.jsonl", rows)
+
+
+def real_encoders_config(folder: Path, *, clips: int, steps: int) -> RunConfig:
+    """A run with real encoder classes, tiny and random: an AutoencoderKL and T5, both in bf16; two
+    buckets, two places, both sides."""
+    manifest = make_many_clips(folder / "clips", clips, num_frames=9)
+    (folder / "vae").mkdir()
+    (folder / "vae/config.json").write_text(json.dumps(TINY_VAE))
+    config = tiny_config(folder, manifest, train=TrainConfig(steps=steps, log_every_steps=1))
+    buckets = (
+        Bucket(num_frames=4, height=SIDE, width=SIDE, batch_size=4),
+        Bucket(num_frames=1, height=SIDE // 2, width=SIDE, batch_size=4),
+    )
+    return replace(
+        config,
+        model=replace(config.model, in_channels=4, caption_channels=64, max_caption_tokens=12),
+        data=replace(config.data, buckets=buckets, flip=True, clip_places=2),
+        video_encoder=VideoEncoderConfig(
+            kind="diffusers", path=str(folder / "vae"), weights="random", dtype="bf16"
+        ),
+        text_encoder=TextEncoderConfig(
+            kind="t5", path="tiny", weights="random", dtype="bf16", max_tokens=12
+        ),
+        checkpoint=CheckpointConfig(every_steps=2, keep_last=0),
+    )
 
 
 def encode_here(config: RunConfig, store: Path, *arguments: object) -> int:

@@ -10,8 +10,6 @@ from dataclasses import replace
 
 import pytest
 
-from longtake.config import TrainConfig
-from longtake.data import Bucket
 from longtake.store import read_index
 from longtake.store.index import NOT_STORED
 from tests.processes import Processes
@@ -28,11 +26,11 @@ from tests.programs.runs import (
 )
 from tests.programs.stores import (
     ONE_SAMPLE,
-    SIDE,
     encode_here,
     encode_slowly,
     files_of,
     make_many_clips,
+    real_encoders_config,
 )
 
 COUNT = 12
@@ -224,32 +222,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """A run with real encoder classes in bf16, two buckets, two places, both sides."""
-    from longtake.encoders import TextEncoderConfig, VideoEncoderConfig
-    from longtake.training import CheckpointConfig
-    from tests.programs.conftest import TINY_VAE
-
-    folder = tmp_path_factory.mktemp("real")
-    manifest = make_many_clips(folder / "clips", 7, num_frames=9)
-    (folder / "vae").mkdir()
-    (folder / "vae/config.json").write_text(json.dumps(TINY_VAE))
-    config = tiny_config(folder, manifest, train=TrainConfig(steps=STEPS, log_every_steps=1))
-    buckets = (
-        Bucket(num_frames=4, height=SIDE, width=SIDE, batch_size=4),
-        Bucket(num_frames=1, height=SIDE // 2, width=SIDE, batch_size=4),
-    )
-    return replace(
-        config,
-        model=replace(config.model, in_channels=4, caption_channels=64, max_caption_tokens=12),
-        data=replace(config.data, buckets=buckets, flip=True, clip_places=2),
-        video_encoder=VideoEncoderConfig(
-            kind="diffusers", path=str(folder / "vae"), weights="random", dtype="bf16"
-        ),
-        text_encoder=TextEncoderConfig(
-            kind="t5", path="tiny", weights="random", dtype="bf16", max_tokens=12
-        ),
-        checkpoint=CheckpointConfig(every_steps=2, keep_last=0),
-    )
+    return real_encoders_config(tmp_path_factory.mktemp("real"), clips=7, steps=STEPS)
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,7 @@ from dataclasses import replace
 import pytest
 
 from longtake.config import TrainConfig, ValidationConfig
-from longtake.data import Bucket
-from longtake.encoders import TextEncoderConfig, VideoEncoderConfig
-from longtake.training import CheckpointConfig
+from longtake.encoders import VideoEncoderConfig
 from tests.programs.conftest import TINY_VAE
 from tests.programs.runs import (
     assert_same_bits,
@@ -24,7 +22,7 @@ from tests.programs.runs import (
     tiny_config,
     train,
 )
-from tests.programs.stores import SIDE, files_of, make_many_clips
+from tests.programs.stores import files_of, real_encoders_config
 
 STEPS = 6
 COUNT = 7
@@ -32,28 +30,7 @@ COUNT = 7
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A run with real encoder classes, tiny and random: an AutoencoderKL and T5, both in bf16."""
-    folder = tmp_path_factory.mktemp("real")
-    manifest = make_many_clips(folder / "clips", COUNT, num_frames=9)
-    (folder / "vae").mkdir()
-    (folder / "vae/config.json").write_text(json.dumps(TINY_VAE))
-    config = tiny_config(folder, manifest, train=TrainConfig(steps=STEPS, log_every_steps=1))
-    buckets = (
-        Bucket(num_frames=4, height=SIDE, width=SIDE, batch_size=4),
-        Bucket(num_frames=1, height=SIDE // 2, width=SIDE, batch_size=4),
-    )
-    return replace(
-        config,
-        model=replace(config.model, in_channels=4, caption_channels=64, max_caption_tokens=12),
-        data=replace(config.data, buckets=buckets, flip=True, clip_places=2),
-        video_encoder=VideoEncoderConfig(
-            kind="diffusers", path=str(folder / "vae"), weights="random", dtype="bf16"
-        ),
-        text_encoder=TextEncoderConfig(
-            kind="t5", path="tiny", weights="random", dtype="bf16", max_tokens=12
-        ),
-        checkpoint=CheckpointConfig(every_steps=2, keep_last=0),
-    )
+    return real_encoders_config(tmp_path_factory.mktemp("real"), clips=COUNT, steps=STEPS)
 
 
 @pytest.fixture(scope="module")
