@@ -304,6 +304,8 @@ def _linears(shapes: Shapes) -> Iterator[Operation]:
             if implementation == "fp8":
                 operands = {"forward": (x, weight.t()), "dgrad": (dy, weight), "wgrad": (dy.t(), x)}
                 return Prepared(forward=in_fp8(*operands[kind]))
+            if implementation == "transposed":
+                return Prepared(forward=lambda: (x.t() @ dy).t())
             calls: dict[str, Callable[[], Tensor]] = {
                 "forward": lambda: F.linear(x, weight),
                 "dgrad": lambda: dy @ weight,
@@ -313,7 +315,8 @@ def _linears(shapes: Shapes) -> Iterator[Operation]:
 
         return Operation(
             key=f"linear {columns} to {rows}, {kind}",
-            implementations=("torch", "fp8"),
+            # What `weight_gradient` chooses from.
+            implementations=("torch", *(["transposed"] if kind == "wgrad" else []), "fp8"),
             prepare=prepare,
             flops=(2.0 * M * rows * columns, 0.0),
             moved=(_BYTES * float(M * (rows + columns) + rows * columns), 0.0),

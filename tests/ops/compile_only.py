@@ -79,9 +79,7 @@ def compile_only(capability: int = 90) -> Iterator[dict[str, Compiled]]:
             elif is_aligned:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-        options = {
-            name: kwargs[name] for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs
-        }
+        options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
         target = GPUTarget("cuda", capability, 32)
         compiled = triton.compile(source, target=target, options=options)
         sizes = grid(values) if callable(grid) else grid
