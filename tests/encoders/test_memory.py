@@ -46,5 +46,5 @@ def test_measured_slices_stay_within_the_bound() -> None:
         assert 0.4 * bound * GIB < peak < 1.1 * bound * GIB
     assert calls[0] < calls[1]
     config = VideoEncoderConfig(kind="diffusers", weights="random", memory_gib=0.001)
-    with pytest.raises(ValueError, match=r"one frame of 256x256 takes .* memory_gib=0.001"):
+    with pytest.raises(ValueError, match=r"one frame of 256x256 takes .*memory_gib=0.001"):
         build_video_encoder(config, device).encode(pixels)
