@@ -22,7 +22,7 @@ from longtake.benchmark.search import (
 from longtake.benchmark.subject import Subject, Workload
 from longtake.config import RunConfig, kernels_by_layer, verify_kernels, work_of_latents
 from longtake.ops.kernels import PLAIN, kernels_as
-from longtake.parallel import Mesh, compute_dtype, is_compiled
+from longtake.parallel import Mesh, compute_dtype, is_compiled, local_part
 from longtake.pipeline import StepResult
 from longtake.planning import model_flops_utilization, peak_bf16_flops
 
@@ -259,7 +259,7 @@ class _Timed:
 def _time(subject: Subject, workload: Workload, protocol: Protocol, *, with_parts: bool) -> _Timed:
     device = subject.mesh.device
     watched = list(subject.model.parameters())[-1]
-    before = watched.detach().clone()
+    before = local_part(watched).clone()
     results: list[StepResult] = []
 
     def step() -> None:
@@ -274,7 +274,7 @@ def _time(subject: Subject, workload: Workload, protocol: Protocol, *, with_part
     if not all(math.isfinite(loss) for loss in losses):
         raise FloatingPointError(f"the loss is not finite: {losses}")
     assert all(bool(result.applied) for result in results), "an update was skipped"
-    assert not bool(torch.equal(before, watched)), "the weights did not change"
+    assert not torch.equal(before, local_part(watched)), "the weights did not change"
     parts = subject.parts(workload) if with_parts else {}
     parts_ms = {
         name: time_steps(part, device, protocol)[0].median_ms for name, part in parts.items()
@@ -286,7 +286,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether it is the device's memory that ran out, whichever library noticed."""
     if error is None:
         return False
-    words = ("out of memory", "ALLOC_FAILED", "OUT_OF_MEMORY")
+    words = ("out of memory", "ALLOC_FAILED", "OUT_OF_MEMORY", "Failed to CUDA calloc")
     return (
         isinstance(error, torch.OutOfMemoryError)
         or any(word in str(error) for word in words)

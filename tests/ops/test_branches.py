@@ -32,9 +32,9 @@ def _ungated(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 _MODULATED = {"x": "x", "shift": "row", "scale": "row", "weight": (40, D), "bias": (40,)}
 _MLP = {"x": "x", "shift": "row", "scale": "row", "gate": "row"} | {
-    "weight1": (4 * D, D),  # wide, so that its gradient is taken as a transpose
+    "weight1": (4 * D, D),
     "bias1": (4 * D,),
-    "weight2": (D, 4 * D),
+    "weight2": (D, 4 * D),  # wide, so that its gradient is taken as a transpose
     "bias2": (D,),
 }
 # Operation, and its inputs by name with their shapes (row: one per sample).
