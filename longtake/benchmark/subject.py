@@ -30,7 +30,6 @@ from longtake.pipeline import (
     Trainee,
     build_encoders,
     encode_batch,
-    encodes_ahead,
     in_turn,
     training_step,
 )
@@ -63,9 +62,7 @@ class Subject:
         self.config, self.mesh, self.encoders, self.seed = config, mesh, encoders, seed
         self._steps = count()
         self._video_encoder = self._text_encoder = None
-        self.encodes_ahead = encoders != "absent" and encodes_ahead(
-            config.train.encode_ahead, mesh.device
-        )
+        self.encodes_ahead = encoders != "absent" and config.train.encode_ahead
         objective = build_objective(config.diffusion)
         with torch.device("meta"):
             self.model: Model = build_model_from_config(config.model)

@@ -27,9 +27,10 @@ class TrainConfig:
     """Optimizer steps of the whole run, resumed parts included."""
     accumulation: int = 1
     """Micro-batches per optimizer step and process; the batch size of a bucket stays what it is."""
-    encode_ahead: bool | None = None
-    """Encode the next micro-batch on a second stream while this one is trained; None: on CUDA. It
-    costs the encoders' memory beside the transformer's (`video_encoder.memory_gib`)."""
+    encode_ahead: bool = False
+    """Encode the next micro-batch on a second stream while this one is trained. It costs the
+    encoders' memory beside the transformer's (`video_encoder.memory_gib`), and pays only where
+    training leaves the GPU idle: a large step on one GPU does not (docs/encoders.md)."""
     condition_dropout: float = 0.1
     """Share of samples trained without their caption or label, for classifier-free guidance."""
     init_from: str | None = None

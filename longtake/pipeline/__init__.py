@@ -1,6 +1,6 @@
 """Where data, encoders, objective and model meet: from a batch to a loss, from noise to a video."""
 
-from longtake.pipeline.ahead import EncodedStep, encoded_steps, encodes_ahead, in_turn
+from longtake.pipeline.ahead import EncodedStep, encoded_steps, in_turn
 from longtake.pipeline.clips import write_clips
 from longtake.pipeline.encoders import (
     build_encoders,
@@ -23,7 +23,6 @@ __all__ = [
     "build_encoders",
     "encode_batch",
     "encoded_steps",
-    "encodes_ahead",
     "generate",
     "in_turn",
     "ready_text_encoder",

@@ -93,11 +93,6 @@ def _fetch(loader: Loader, num_steps: int) -> Iterator[_Fetched]:
             yield _Fetched(batch, len(micro_batches), place, bad)
 
 
-def encodes_ahead(setting: bool | None, device: torch.device) -> bool:
-    """Whether to encode ahead: as set, or where there are streams."""
-    return device.type == "cuda" if setting is None else setting
-
-
 def in_turn(
     make: Callable[[_Item], _Made],
     items: Iterable[_Item],

@@ -63,7 +63,6 @@ from longtake.pipeline import (
     Trainee,
     encode_batch,
     encoded_steps,
-    encodes_ahead,
     generate,
     ready_text_encoder,
     ready_video_encoder,
@@ -166,10 +165,9 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         ema = Ema(model, config.ema)
         trainee = Trainee(model=model, objective=objective, optimizer=optimizer, ema=ema)
 
-        is_ahead = encodes_ahead(config.train.encode_ahead, device)
         record = run_record(config, mesh, model, manifest, video_encoder, text_encoder)
         record["encoders"] |= {
-            "ahead": is_ahead,
+            "ahead": config.train.encode_ahead,
             "text_placement": text_placement(config.text_encoder, text_encoder, mesh),
         }
         documents = {"config.yaml": dump_yaml(config), "run.json": json.dumps(record, indent=2)}
@@ -221,7 +219,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         meter = throughput_meter(config, mesh)
         steps_left = max(0, config.train.steps - step)
         for encoded in encoded_steps(
-            loader, encode, num_steps=steps_left, device=device, ahead=is_ahead
+            loader, encode, num_steps=steps_left, device=device, ahead=config.train.encode_ahead
         ):
             lr = learning_rate(
                 step, config.schedule, peak=config.optimizer.lr, total_steps=config.train.steps

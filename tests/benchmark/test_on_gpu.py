@@ -35,9 +35,10 @@ def test_step_is_timed_compiled_with_its_memory_and_clocks(mesh):
 
 @pytest.mark.parametrize("encoders", ["absent", "on-line", "cached"])
 def test_timed_steps_do_not_wait_for_the_device(mesh, encoders, tmp_path):
-    config = CONFIG if encoders == "absent" else real_encoders(CONFIG, tmp_path)
+    is_absent = encoders == "absent"
+    config = CONFIG if is_absent else real_encoders(CONFIG, tmp_path, encode_ahead=True)
     subject = Subject(config, mesh, encoders=encoders, seed=0)
-    assert subject.encodes_ahead is (encoders != "absent")
+    assert subject.encodes_ahead is not is_absent
     workload = subject.workload(0, 4)
     for _ in range(6):
         subject.step(workload)
@@ -61,7 +62,7 @@ def test_encoding_ahead_trains_on_the_numbers_of_the_serial_path(mesh, tmp_path)
 
 
 def test_encoding_ahead_shows_in_a_profile(mesh, tmp_path):
-    config = real_encoders(CONFIG, tmp_path)
+    config = real_encoders(CONFIG, tmp_path, encode_ahead=True)
     options = StepOptions(protocol=PROTOCOL, encoders="on-line", micro_batch=4)
     split = profile_step(config, mesh, options, steps=2).split
     assert sum(split.parts_ms.values()) == pytest.approx(split.step_ms)

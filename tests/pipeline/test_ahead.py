@@ -6,13 +6,12 @@ from itertools import islice
 import pytest
 import torch
 
-from longtake.config import TrainConfig
 from longtake.data import Bucket, DataConfig, TooManyBadSamples, build_loader
 from longtake.diffusion import DiffusionConfig, build_objective
 from longtake.encoders.dct import DctEncoder
 from longtake.encoders.hashed_words import HashedWordsEncoder
 from longtake.models import build_model, init_weights
-from longtake.pipeline import encode_batch, encoded_steps, encodes_ahead, in_turn, training_loss
+from longtake.pipeline import encode_batch, encoded_steps, in_turn, training_loss
 from tests.programs.runs import SIDE, make_clips
 
 CPU = torch.device("cpu")
@@ -60,14 +59,6 @@ def test_each_is_begun_before_the_one_before_it_is_handed_out():
         events.append(f"use {value}")
     assert events == ["make 0", "use 0", "make 1", "use 10", "make 2", "use 20"]
     assert list(in_turn(make, [], device=CPU, ahead=True)) == []
-
-
-def test_streams_are_what_decides():
-    assert encodes_ahead(None, torch.device("cuda"))
-    assert not encodes_ahead(None, CPU)
-    assert encodes_ahead(True, CPU)
-    assert not encodes_ahead(False, torch.device("cuda"))
-    assert TrainConfig().encode_ahead is None
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["serial", "ahead"])
