@@ -22,7 +22,7 @@ from longtake.benchmark.search import (
 from longtake.benchmark.subject import Subject, Workload
 from longtake.config import RunConfig, kernels_by_layer, verify_kernels, work_of_latents
 from longtake.ops.kernels import PLAIN, kernels_as
-from longtake.parallel import Mesh, compute_dtype, is_compiled
+from longtake.parallel import Mesh, ParallelConfig, compute_dtype, is_compiled
 from longtake.pipeline import StepResult
 from longtake.planning import model_flops_utilization, peak_bf16_flops
 
@@ -234,7 +234,7 @@ class _Bench:
             peak_reserved_gib=timed.reserved_gib,
             precision={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
             compiled=is_compiled(config.parallel, mesh.device),
-            checkpointing=config.parallel.checkpointing,
+            checkpointing=checkpointing_name(config.parallel),
             kernels=kernels_by_layer(config, self.latents[1:], mesh.device),
             encode_ahead=subject.encodes_ahead,
             parts_ms=timed.parts_ms,
@@ -280,6 +280,11 @@ def _time(subject: Subject, workload: Workload, protocol: Protocol, *, with_part
         name: time_steps(part, device, protocol)[0].median_ms for name, part in parts.items()
     }
     return _Timed(times, clocks, allocated, reserved, losses[0], losses[-1], parts_ms)
+
+
+def checkpointing_name(config: ParallelConfig) -> str:
+    """The policy as reports show it."""
+    return config.checkpointing + (", offloaded" if config.offload else "")
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -61,6 +61,7 @@ def run_record(
             "dtype": str(compute_dtype(config.parallel, mesh.device)).removeprefix("torch."),
             "compiled_blocks": is_compiled(config.parallel, mesh.device),
             "activation_checkpointing": config.parallel.checkpointing,
+            "offload": config.parallel.offload,
             "kernels": {
                 f"{bucket.num_frames}x{bucket.height}x{bucket.width}": kernels_by_layer(
                     config, latents_of_bucket(video_encoder, bucket), mesh.device

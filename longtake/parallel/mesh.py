@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from longtake.parallel.activation_checkpointing import CheckpointingPolicy
+from longtake.parallel.activation_checkpointing import BY_BLOCK, CheckpointingPolicy
 from longtake.parallel.exchange import TokenGroup
 
 
@@ -45,12 +45,25 @@ class ParallelConfig:
     checkpointing: CheckpointingPolicy = "selective"
     """Activation checkpointing: "none" keeps all that the backward reads; "selective" computes
     normalized tokens and activations again: by count 21 tensors of tokens instead of 27 a block,
-    for 6 passes of about 100; "full" keeps each block's input alone, for a third more compute."""
+    for 6 passes of about 100; "full" keeps each block's input alone, for a third more compute;
+    "nested" bounds what a block computed again holds, too, for another forward: each of its
+    branches runs in pieces of the tokens and is computed again by itself."""
+    offload: bool = False
+    """Keep the inputs of blocks in host memory from forward to backward; for checkpointing full or
+    nested."""
     reshard_after_forward: bool | None = None
     """Free a block's gathered weights after its forward: less memory, one more all-gather. None:
     if weights are sharded at all, for a lone process would only cast them twice."""
     timeout_seconds: int = 300
     """How long a collective may wait before the run is given up as hung."""
+
+    def __post_init__(self) -> None:
+        if self.offload and self.checkpointing not in BY_BLOCK:
+            raise ValueError(
+                f"parallel.offload takes what checkpointed blocks keep to host memory, but "
+                f"parallel.checkpointing={self.checkpointing} does not checkpoint blocks: use "
+                f"{' or '.join(BY_BLOCK)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from longtake.ops.kernels import PLAIN, KernelConfig, kernels_as
 from longtake.parallel import (
     Mesh,
     ParallelConfig,
+    branches,
     build_mesh,
     is_compiled,
     materialize,
@@ -63,6 +64,8 @@ class Case:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     accumulation: int = 1
     kernels: KernelConfig = PLAIN
+    piece_tokens: int = branches.PIECE_TOKENS
+    """Of branches that run in pieces."""
 
     def on(self, **parallel: Any) -> Case:
         """The same, spread like this."""
@@ -181,6 +184,7 @@ def sharded(
         orchestrator.compile_blocks = compile_quickly  # type: ignore[attr-defined]
     results = []
     for case in cases:
+        branches.PIECE_TOKENS = case.piece_tokens
         mesh = build_mesh(case.parallel, device)
         model = _parallel_model(case, mesh)
         own, loss = _own_samples(mesh), torch.zeros((), device=device)
