@@ -51,6 +51,7 @@ def run_record(
             "processes": mesh.world_size,
             "dp_replicate": mesh.dp_replicate,
             "dp_shard": mesh.dp_shard,
+            "zero": config.parallel.zero,
             "sp": mesh.sp,
             "exchanged_mib_per_sample": {
                 str(bucket): exchanged_mib(config, mesh, latents_of_bucket(video_encoder, bucket))

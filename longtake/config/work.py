@@ -94,7 +94,7 @@ def predicted_peak(
         latent_values=micro_batch * math.prod(latents),
         checkpointing=config.parallel.checkpointing,
         offload=config.parallel.offload,
-        zero=3,
+        zero=config.parallel.zero,
         shards=mesh.num_shards,
         sp=mesh.sp,
         accumulation=accumulation,

@@ -39,11 +39,9 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
         blocks,
         mesh.fsdp_mesh,
         param_dtype=compute_dtype(config, mesh.device),
-        reshard_after_forward=(
-            mesh.num_shards > 1
-            if config.reshard_after_forward is None
-            else config.reshard_after_forward
-        ),
+        # Without others to share with, gathering and reducing more often gains nothing.
+        reshard_after_forward=config.zero == 3 and mesh.num_shards > 1,
+        accumulate_shards=config.zero >= 2 and mesh.num_shards > 1,
     )
     return model
 
