@@ -330,5 +330,5 @@ def as_plain(config: RunConfig) -> RunConfig:
     return replace(
         config,
         kernels=PLAIN,
-        parallel=replace(config.parallel, compile=False, checkpointing="none"),
+        parallel=replace(config.parallel, compile=False, checkpointing="none", offload=False),
     )

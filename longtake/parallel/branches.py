@@ -82,12 +82,17 @@ class _Piece:
 
 
 def _pieces(x_BND: Tensor, dim: int | None) -> list[_Piece]:
-    """As few as possible and of equal size as far as it goes: each size is compiled once."""
+    """All of x, in pieces of at most PIECE_TOKENS where rows have no more.
+
+    Of equal size where a size between half of that and all divides the rows: each is compiled once.
+    """
     if dim is None:
         return [_Piece(1, 0, x_BND.shape[1])]
     num_rows = x_BND.shape[dim]
-    num_tokens = x_BND.numel() // x_BND.shape[-1]
-    length = max(1, -(-num_rows // max(1, -(-num_tokens // PIECE_TOKENS))))
+    row_tokens = x_BND.numel() // (num_rows * x_BND.shape[-1])
+    most = min(num_rows, max(1, PIECE_TOKENS // row_tokens))
+    fitting = (length for length in range(most, most // 2, -1) if num_rows % length == 0)
+    length = next(fitting, most)
     return [
         _Piece(dim, first, min(length, num_rows - first)) for first in range(0, num_rows, length)
     ]

@@ -22,6 +22,7 @@ from tests.parallel.sequence_cases import (
     build,
     inputs_of,
     loss_of,
+    to_device,
     write_shaken,
 )
 
@@ -35,20 +36,19 @@ def _checkpointed(case: Case, policy: str, *, offload: bool, dtype=torch.float64
     return model
 
 
-@pytest.mark.parametrize(("latents", "piece_tokens"), [(UNEVEN, 40), (EVEN, 2**16), (IMAGE, 1)])
-def test_every_model_has_the_gradients_of_one_that_keeps_everything(
-    latents, piece_tokens, monkeypatch
-):
-    monkeypatch.setattr(branches, "PIECE_TOKENS", piece_tokens)
-    for name in NAMES:
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_has_the_gradients_of_one_that_keeps_everything(name, monkeypatch):
+    in_pieces = [("nested", True, UNEVEN, 40), ("nested", False, IMAGE, 1)]
+    whole = [("nested", False, EVEN, 2**16), ("full", True, EVEN, 2**16)]
+    for policy, offload, latents, piece_tokens in in_pieces + (whole if name == "stdit" else []):
+        monkeypatch.setattr(branches, "PIECE_TOKENS", piece_tokens)
         case = Case(name, latents=latents)
-        for policy, offload in (("full", True), ("nested", False), ("nested", True)):
-            model = _checkpointed(case, policy, offload=offload)
-            loss = loss_of(model, case, inputs_of(case, range(BATCH), dtype=torch.float64))
-            loss.backward()
-            gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-            found = float(loss.detach()), gradients
-            assert_same(found, case, tolerance=1e-12, dtype=torch.float64)
+        model = _checkpointed(case, policy, offload=offload)
+        loss = loss_of(model, case, inputs_of(case, range(BATCH), dtype=torch.float64))
+        loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found = float(loss.detach()), gradients
+        assert_same(found, case, tolerance=1e-12, dtype=torch.float64)
 
 
 def test_in_bf16_gradients_of_pieces_are_summed_in_fp32(monkeypatch):
@@ -66,6 +66,22 @@ def test_in_bf16_gradients_of_pieces_are_summed_in_fp32(monkeypatch):
         error = (cut[name] - gradient).float().norm() / gradient.float().norm()
         # 8 bits each; summed in bf16, 32 pieces would lose two or three of them.
         assert error < 2e-2, f"{name}: {error:.2g}"
+
+
+def test_pieces_cover_all_rows_and_are_equal_where_that_can_be():
+    def lengths(shape: tuple[int, ...], dim: int | None) -> list[int]:
+        pieces = branches._pieces(torch.empty(shape, device="meta"), dim)
+        assert [piece.first for piece in pieces] == [
+            sum(piece.length for piece in pieces[:i]) for i in range(len(pieces))
+        ]
+        return [piece.length for piece in pieces]
+
+    # Half a minute of 1080p: frames of 8,160 tokens, then places of 360.
+    assert lengths((1, 180, 8160, 1152), 1) == [6] * 30
+    assert lengths((1, 360, 4080, 1152), 2) == [170] * 24
+    assert lengths((1, 16, 256, 1152), 1) == [16]
+    assert lengths((2, 65_537, 8), 1) == [2**15, 2**15, 1]
+    assert lengths((1, 2**18, 8), None) == [2**18]
 
 
 def test_inference_gives_the_same_in_pieces(monkeypatch):
@@ -144,3 +160,27 @@ def test_offloaded_inputs_leave_the_device_and_come_back_as_they_were():
 def test_offload_without_checkpointed_blocks_is_refused():
     with pytest.raises(ValueError, match=r"checkpointing=selective .* full or nested"):
         ParallelConfig(offload=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_nested_and_offloaded_is_the_same_in_less_memory(monkeypatch):
+    monkeypatch.setattr(branches, "PIECE_TOKENS", 2**12)
+    case, device = Case("stdit", latents=(16, 64, 64)), torch.device("cuda")
+    peaks, found = [], []
+    for policy, offload in (("none", False), ("nested", False), ("nested", True)):
+        model = _checkpointed(case, policy, offload=offload, dtype=torch.float32).to(device)
+        inputs = to_device(inputs_of(case, range(BATCH)), device)
+        for _ in range(2):  # memory that comes back used
+            model.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            loss_of(model, case, inputs).backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for gradients in found[1:]:
+        for name, gradient in found[0].items():
+            error = (gradients[name] - gradient).norm() / gradient.norm()
+            assert error < 1e-4, f"{name}: {error:.2g}"
+    assert peaks[0] > 1.5 * peaks[1]
+    # Two blocks are too few to offload much: the same tensors, and none more.
+    assert peaks[2] <= 1.05 * peaks[1]
