@@ -46,9 +46,11 @@ def latent_shape(config: RunConfig, bucket: Bucket) -> tuple[int, int, int, int]
         blocks = known["block_out_channels"]
         assert isinstance(blocks, tuple)
         factor = 2 ** (len(blocks) - 1)
-        channels = known["latent_channels"]
-        assert isinstance(channels, int)
-        return channels, *latent_size(*size, downsample=(1, factor, factor))
+        return _int(known["latent_channels"]), *latent_size(*size, downsample=(1, factor, factor))
+    if encoder.kind == "diffusers" and encoder.class_name == class_name == "AutoencoderKLWan":
+        factor = _int(known["scale_factor_spatial"])
+        downsample = (_int(known["scale_factor_temporal"]), factor, factor)
+        return _int(known["z_dim"]), *latent_size(*size, downsample=downsample, causal=True)
     unread = with_encoder_weights(config, "random").video_encoder
     return build_video_encoder(unread, "cpu").latent_shape(*size)
 
@@ -174,6 +176,11 @@ def stored_video_encoder(config: RunConfig, device: torch.device) -> VideoEncode
     )
     stored, _ = stored_encoders(recipe, video, config.text_encoder, device, config.seed)
     return stored
+
+
+def _int(value: object) -> int:
+    assert isinstance(value, int)
+    return value
 
 
 def _has_posterior(config: RunConfig) -> bool:

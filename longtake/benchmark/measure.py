@@ -20,11 +20,18 @@ from longtake.benchmark.search import (
     memory_allows,
 )
 from longtake.benchmark.subject import Subject, Workload
-from longtake.config import RunConfig, kernels_by_layer, verify_kernels, work_of_latents
+from longtake.config import (
+    RunConfig,
+    kernels_by_layer,
+    predicted_peak,
+    verify_kernels,
+    work_of_latents,
+)
+from longtake.models import build_model_from_config
 from longtake.ops.kernels import PLAIN, kernels_as
-from longtake.parallel import Mesh, compute_dtype, is_compiled, local_part
+from longtake.parallel import Mesh, ParallelConfig, compute_dtype, is_compiled, local_part
 from longtake.pipeline import StepResult
-from longtake.planning import model_flops_utilization, peak_bf16_flops
+from longtake.planning import PeakMemory, model_flops_utilization, peak_bf16_flops
 
 Sizing = Literal["fixed", "halve", "search"]
 Say = Callable[[str], None]
@@ -101,6 +108,9 @@ class _Bench:
             for reason in verify_kernels(self.config, [self.latents[1:]], self.mesh.device):
                 self.say(f"not used, its check failed: {reason}")
         micro_batch, trials = self._size()
+        predicted = self._predicted(micro_batch)
+        if predicted is not None:
+            self.say(str(predicted))
         self.say(f"timing micro-batch {micro_batch}")
         timed = self._attempt(micro_batch, protocol, with_parts=True)
         if timed is None:
@@ -160,6 +170,12 @@ class _Bench:
         gradients //= self.mesh.num_shards
         return (torch.cuda.memory_allocated(self.mesh.device) + gradients) / _GIB
 
+    def _predicted(self, micro_batch: int) -> PeakMemory | None:
+        # Of a model that takes no memory: the real one may not fit.
+        with torch.device("meta"):
+            model = build_model_from_config(self.config.model)
+        return predicted_peak(self.config, self.mesh, model, self.latents, micro_batch=micro_batch)
+
     def _get_subject(self) -> Subject:
         if self._subject is None:
             self._subject = Subject(
@@ -205,6 +221,7 @@ class _Bench:
         work = work_of_latents(config, self.latents[1:], samples=1)
         # Per device: the processes of a token group share a micro-batch.
         rate = 1000 * micro_batch / mesh.sp / timed.timing.median_ms
+        predicted = self._predicted(micro_batch)
         dtype = compute_dtype(config.parallel, mesh.device)
         peak = None
         if mesh.device.type == "cuda" and dtype is torch.bfloat16:
@@ -232,9 +249,10 @@ class _Bench:
             ),
             peak_allocated_gib=timed.allocated_gib,
             peak_reserved_gib=timed.reserved_gib,
+            predicted_peak_gib=None if predicted is None else predicted.total / _GIB,
             precision={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
             compiled=is_compiled(config.parallel, mesh.device),
-            checkpointing=config.parallel.checkpointing,
+            checkpointing=checkpointing_name(config.parallel),
             kernels=kernels_by_layer(config, self.latents[1:], mesh.device),
             encode_ahead=subject.encodes_ahead,
             parts_ms=timed.parts_ms,
@@ -282,6 +300,11 @@ def _time(subject: Subject, workload: Workload, protocol: Protocol, *, with_part
     return _Timed(times, clocks, allocated, reserved, losses[0], losses[-1], parts_ms)
 
 
+def checkpointing_name(config: ParallelConfig) -> str:
+    """The policy as reports show it."""
+    return config.checkpointing + (", offloaded" if config.offload else "")
+
+
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether it is the device's memory that ran out, whichever library noticed."""
     if error is None:
@@ -307,5 +330,5 @@ def as_plain(config: RunConfig) -> RunConfig:
     return replace(
         config,
         kernels=PLAIN,
-        parallel=replace(config.parallel, compile=False, checkpointing="none"),
+        parallel=replace(config.parallel, compile=False, checkpointing="none", offload=False),
     )

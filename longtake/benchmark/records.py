@@ -107,6 +107,8 @@ class Measurement:
     """What each kind of layer runs on."""
     first_loss: float
     last_loss: float
+    predicted_peak_gib: float | None = None
+    """By the planner's formula, without encoders."""
     encode_ahead: bool = False
     """Whether the next micro-batch was encoded while this one was trained."""
     parts_ms: dict[str, float] = field(default_factory=dict)

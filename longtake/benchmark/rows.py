@@ -303,8 +303,7 @@ _ROWS = (
     _video(
         "stdit-360x512",
         "STDiT-XL/2 360x512",
-        "stdit-xl2-64x512",
-        frames=360,
+        "stdit-xl2-360x512",
         micro_batch=1,
         policies=("full",),
         printed=(_printed("STDiT (GC, sp=2) 360x512", 0.10, _PER_PAIR),),

@@ -17,7 +17,9 @@ from longtake.config.resume import changes
 from longtake.config.run import RunConfig, SamplingConfig, TrainConfig, ValidationConfig
 from longtake.config.work import (
     Work,
+    largest_peak,
     latents_of_bucket,
+    predicted_peak,
     throughput_meter,
     token_notes,
     work_of_latents,
@@ -40,11 +42,13 @@ __all__ = [
     "dump_yaml",
     "from_plain",
     "kernels_by_layer",
+    "largest_peak",
     "latents_of_bucket",
     "load_yaml",
     "override",
     "parse_run",
     "parse_train",
+    "predicted_peak",
     "preset",
     "run_record",
     "throughput_meter",

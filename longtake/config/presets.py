@@ -154,6 +154,53 @@ def stdit_xl2_64x512() -> RunConfig:
     return replace(config, parallel=ParallelConfig(checkpointing="full"))
 
 
+def stdit_xl2_360x512() -> RunConfig:
+    r"""STDiT-XL/2 on 360 frames of 512², 368,640 tokens a clip; recomputes every block.
+
+    Add --parallel.sp 2 for two GPUs to share a clip, and --parallel.checkpointing nested where
+    memory runs short. Starts from 64x512 weights.
+
+    torchrun --nproc-per-node 8 -m longtake train --preset stdit-xl2-360x512 \
+        --data.manifest clips.csv
+    """
+    config = _video(
+        "stdit-xl2-360x512",
+        ModelConfig(name="stdit", size="XL", space_scale=1.0, time_scale=2 / 3),
+        Bucket(num_frames=360, height=512, width=512, batch_size=8),
+        frame_interval=1,
+    )
+    return replace(config, parallel=ParallelConfig(checkpointing="full"))
+
+
+def stdit_xl2_1min_1080p() -> RunConfig:
+    r"""STDiT-XL/2 on one minute of 1080p at 24 fps, 2.94 million tokens a clip.
+
+    Wan's autoencoder makes 360 latent frames of the 1437. The GPUs share the one clip of a step's
+    micro-batch: --parallel.sp is their number. Blocks are computed again, their branches once more
+    in pieces, and what blocks keep waits in host memory: 190 GB of it for all GPUs together. Train
+    from a latent store: a minute of 1080p is 9 GB of pixels.
+
+    torchrun --nproc-per-node 8 -m longtake train --preset stdit-xl2-1min-1080p \
+        --data.manifest clips.csv --parallel.sp 8
+    """
+    config = _video(
+        "stdit-xl2-1min-1080p",
+        ModelConfig(name="stdit", size="XL", in_channels=16, space_scale=1.0, time_scale=1.0),
+        Bucket(num_frames=1437, height=1080, width=1920, batch_size=1),
+        frame_interval=1,
+    )
+    return replace(
+        config,
+        video_encoder=VideoEncoderConfig(
+            kind="diffusers",
+            class_name="AutoencoderKLWan",
+            path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        ),
+        sampling=SamplingConfig(),
+        parallel=ParallelConfig(checkpointing="nested", offload=True),
+    )
+
+
 def pixart_xl2_16x256() -> RunConfig:
     r"""PixArt-XL/2 with attention over all 4,096 tokens of 16x256: STDiT's plain rival.
 
@@ -196,6 +243,8 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "stdit-xl2-16x256": stdit_xl2_16x256,
     "stdit-xl2-16x512": stdit_xl2_16x512,
     "stdit-xl2-64x512": stdit_xl2_64x512,
+    "stdit-xl2-360x512": stdit_xl2_360x512,
+    "stdit-xl2-1min-1080p": stdit_xl2_1min_1080p,
     "pixart-xl2-16x256": pixart_xl2_16x256,
 }
 

@@ -51,6 +51,7 @@ def run_record(
             "processes": mesh.world_size,
             "dp_replicate": mesh.dp_replicate,
             "dp_shard": mesh.dp_shard,
+            "zero": config.parallel.zero,
             "sp": mesh.sp,
             "exchanged_mib_per_sample": {
                 str(bucket): exchanged_mib(config, mesh, latents_of_bucket(video_encoder, bucket))
@@ -61,6 +62,7 @@ def run_record(
             "dtype": str(compute_dtype(config.parallel, mesh.device)).removeprefix("torch."),
             "compiled_blocks": is_compiled(config.parallel, mesh.device),
             "activation_checkpointing": config.parallel.checkpointing,
+            "offload": config.parallel.offload,
             "kernels": {
                 f"{bucket.num_frames}x{bucket.height}x{bucket.width}": kernels_by_layer(
                     config, latents_of_bucket(video_encoder, bucket), mesh.device

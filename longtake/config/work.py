@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypedDict
 
 import torch
+from torch import nn
 
+from longtake.config.layers import kernels_by_layer
 from longtake.config.run import RunConfig
 from longtake.data import Bucket
 from longtake.encoders import VideoEncoder
-from longtake.parallel import Mesh, compute_dtype
+from longtake.parallel import PIECE_TOKENS, Mesh, compute_dtype
 from longtake.planning import (
+    PeakMemory,
     exchanged_bytes,
     forward_macs,
     peak_bf16_flops,
+    peak_memory,
     token_grid,
     training_flops,
 )
@@ -58,6 +63,66 @@ def work_of_latents(config: RunConfig, latents: tuple[int, int, int], *, samples
         "tokens": samples * grid.total,
         "flops": samples * training_flops(macs),
     }
+
+
+def predicted_peak(
+    config: RunConfig,
+    mesh: Mesh,
+    model: nn.Module,
+    latents: tuple[int, int, int, int],
+    *,
+    micro_batch: int,
+    accumulation: int = 1,
+) -> PeakMemory | None:
+    """What a step on samples of so many latent channels, frames, rows and columns takes of a GPU's
+    memory, without encoders; None on plain torch, whose operations keep more than the fused ones.
+    """
+    if kernels_by_layer(config, latents[1:], mesh.device)["element-wise"] != "triton":
+        return None
+    depth, hidden_size, num_heads = config.model.dimensions
+    blocks = model.blocks
+    assert isinstance(blocks, nn.ModuleList)
+    return peak_memory(
+        config.model.name,
+        token_grid(latents[1:], patch=config.model.patch_size),
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        depth=depth,
+        parameters=sum(param.numel() for param in model.parameters()),
+        block_parameters=sum(param.numel() for param in blocks[0].parameters()),
+        micro_batch=micro_batch,
+        latent_values=micro_batch * math.prod(latents),
+        checkpointing=config.parallel.checkpointing,
+        offload=config.parallel.offload,
+        zero=config.parallel.zero,
+        shards=mesh.num_shards,
+        sp=mesh.sp,
+        accumulation=accumulation,
+        text_tokens=config.model.max_caption_tokens,
+        mlp_ratio=config.model.mlp_ratio,
+        piece_tokens=PIECE_TOKENS,
+        bytes_per_value=compute_dtype(config.parallel, mesh.device).itemsize,
+    )
+
+
+def largest_peak(
+    config: RunConfig, mesh: Mesh, model: nn.Module, video_encoder: VideoEncoder
+) -> PeakMemory | None:
+    """`predicted_peak` of the bucket that takes most, in micro-batches of a training run."""
+    accumulation = config.train.accumulation
+    peaks = [
+        predicted_peak(
+            config,
+            mesh,
+            model,
+            video_encoder.latent_shape(bucket.num_frames, bucket.height, bucket.width),
+            micro_batch=bucket.batch_size // (mesh.dp_size * accumulation),
+            accumulation=accumulation,
+        )
+        for bucket in config.data.buckets
+    ]
+    known = [peak for peak in peaks if peak is not None]
+    return max(known, key=lambda peak: peak.total, default=None)
 
 
 def exchanged_mib(config: RunConfig, mesh: Mesh, latents: tuple[int, int, int]) -> float:

@@ -25,6 +25,8 @@ _FLUX_VAE = _SD_VAE | {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
+# The class's defaults, from which a size of latents is told without building it.
+_WAN_VAE: dict[str, object] = {"z_dim": 16, "scale_factor_temporal": 4, "scale_factor_spatial": 8}
 
 # Hub name -> (class, config).
 AUTOENCODER_CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
@@ -33,8 +35,8 @@ AUTOENCODER_CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     "stabilityai/sdxl-vae": ("AutoencoderKL", _SDXL_VAE),
     "black-forest-labs/FLUX.1-dev": ("AutoencoderKL", _FLUX_VAE),
     "madebyollin/taesd": ("AutoencoderTiny", {}),
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("AutoencoderKLWan", {}),
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": ("AutoencoderKLWan", {}),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("AutoencoderKLWan", _WAN_VAE),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": ("AutoencoderKLWan", _WAN_VAE),
     "hunyuanvideo-community/HunyuanVideo": ("AutoencoderKLHunyuanVideo", {}),
     "THUDM/CogVideoX-2b": ("AutoencoderKLCogVideoX", {}),
     "THUDM/CogVideoX-5b": ("AutoencoderKLCogVideoX", {"scaling_factor": 0.7}),

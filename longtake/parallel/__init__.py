@@ -1,6 +1,7 @@
 """Makes a finished model sequence-parallel, sharded, checkpointed and compiled, and owns the
 processes it runs on."""
 
+from longtake.parallel.branches import PIECE_TOKENS
 from longtake.parallel.collectives import (
     PeerError,
     any_process,
@@ -32,6 +33,7 @@ from longtake.parallel.shard import (
 )
 
 __all__ = [
+    "PIECE_TOKENS",
     "Mesh",
     "ParallelConfig",
     "PeerError",

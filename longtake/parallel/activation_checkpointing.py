@@ -9,24 +9,41 @@ from typing import Literal
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-CheckpointingPolicy = Literal["none", "selective", "full"]
+from longtake.parallel.branches import branches_of, run_in_pieces
+from longtake.parallel.offload import StreamOffload
+
+CheckpointingPolicy = Literal["none", "selective", "full", "nested"]
+BY_BLOCK = ("full", "nested")
+"""Policies under which a block keeps its input alone."""
 
 
-def checkpoint_blocks(blocks: Iterable[nn.Module], policy: CheckpointingPolicy) -> None:
+def checkpoint_blocks(
+    blocks: Iterable[nn.Module], policy: CheckpointingPolicy, *, offload: bool = False
+) -> None:
     """Makes each block keep less in the forward and compute the rest again in the backward.
 
     "selective" recomputes what passes over the same memory give for one more write: normalized
-    tokens and activations. "full" keeps a block's input alone. Branches have a switch `recompute`
-    for the first. For the second the forward of the instance is wrapped, not the module: parameter
-    names stay what they are, and hooks on the module (those of FSDP) run once, not again in the
-    recomputation.
+    tokens and activations. "full" keeps a block's input alone; so does "nested", and of a block
+    computed again each branch keeps its inputs alone, to be computed once more, in pieces of the
+    tokens. With `offload` the inputs of blocks wait for the backward in host memory.
+
+    Branches have a switch `recompute` for the first. For the others the forward of the instance is
+    wrapped, not the module: parameter names stay what they are, and hooks on the module (those of
+    FSDP) run once, not again in the recomputation.
     """
-    for block in blocks:
+    stream = StreamOffload()
+    for number, block in enumerate(blocks):
         for module in block.modules():
             if hasattr(module, "recompute"):
                 module.recompute = policy == "selective"  # pyright: ignore[reportArgumentType]
-        if policy == "full":
+        if policy == "nested":
+            for branch in branches_of(block):
+                run_in_pieces(branch)
+        if policy in BY_BLOCK:
             # Nothing in a block draws from the global generators, so their state need not be kept.
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
             )
+        if offload:
+            assert policy in BY_BLOCK, "offload takes what a checkpointed block keeps"
+            block.forward = stream.around(block.forward, is_first=number == 0)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from longtake.parallel.activation_checkpointing import CheckpointingPolicy
+from longtake.parallel.activation_checkpointing import BY_BLOCK, CheckpointingPolicy
 from longtake.parallel.exchange import TokenGroup
 
 
@@ -26,15 +26,19 @@ from longtake.parallel.exchange import TokenGroup
 class ParallelConfig:
     """How a model is spread over processes and what each of them computes with.
 
-    dp_replicate × dp_shard × sp must equal the number of processes.
+    dp_replicate × dp_shard × sp must equal the number of processes. With zero 0 all are replicas.
     """
 
     dp_replicate: int = 1
     """Groups of processes that each hold the whole model; above 1 this is hybrid sharding (HSDP).
     """
     dp_shard: int = -1
-    """Data-parallel processes that share one copy of weights, gradients and optimizer state; -1
-    takes the rest. With sp, the copy is spread over dp_shard × sp processes."""
+    """Data-parallel processes that share one copy of what `zero` shards; -1 takes the rest. With
+    sp, the copy is spread over dp_shard × sp processes."""
+    zero: Literal[0, 1, 2, 3] = 3
+    """What the processes that share a model do not hold whole: 0 nothing, each is a replica (DDP);
+    1 moments and averages; 2 gradients, too; 3 weights, too, gathered block by block in forward and
+    backward (docs/parallelism.md)."""
     sp: int = 1
     """Processes that share the tokens of one sample (docs/parallelism.md)."""
     compile: bool | None = None
@@ -45,12 +49,22 @@ class ParallelConfig:
     checkpointing: CheckpointingPolicy = "selective"
     """Activation checkpointing: "none" keeps all that the backward reads; "selective" computes
     normalized tokens and activations again: by count 21 tensors of tokens instead of 27 a block,
-    for 6 passes of about 100; "full" keeps each block's input alone, for a third more compute."""
-    reshard_after_forward: bool | None = None
-    """Free a block's gathered weights after its forward: less memory, one more all-gather. None:
-    if weights are sharded at all, for a lone process would only cast them twice."""
+    for 6 passes of about 100; "full" keeps each block's input alone, for a third more compute;
+    "nested" bounds what a block computed again holds, too, for another forward: each of its
+    branches runs in pieces of the tokens and is computed again by itself."""
+    offload: bool = False
+    """Keep the inputs of blocks in host memory from forward to backward; for checkpointing full or
+    nested."""
     timeout_seconds: int = 300
     """How long a collective may wait before the run is given up as hung."""
+
+    def __post_init__(self) -> None:
+        if self.offload and self.checkpointing not in BY_BLOCK:
+            raise ValueError(
+                f"parallel.offload takes what checkpointed blocks keep to host memory, but "
+                f"parallel.checkpointing={self.checkpointing} does not checkpoint blocks: use "
+                f"{' or '.join(BY_BLOCK)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -67,7 +81,9 @@ class Mesh:
     rank: int
     world_size: int
     device: torch.device
-    device_mesh: DeviceMesh  # axes dp_replicate, dp_shard_sp
+    device_mesh: DeviceMesh
+    """Of the weights: axes dp_replicate, dp_shard_sp. The processes that share tokens are further
+    shards; with zero 0, further replicas."""
     token_group: TokenGroup | None  # None without sequence parallelism
 
     @property
@@ -81,7 +97,7 @@ class Mesh:
     @property
     def num_shards(self) -> int:
         """Processes that share one copy of the weights."""
-        return self.dp_shard * self.sp
+        return self.device_mesh.size(1)
 
     @property
     def is_first(self) -> bool:
@@ -91,7 +107,8 @@ class Mesh:
     @property
     def fsdp_mesh(self) -> DeviceMesh:
         """What `fully_shard` wants: one axis for plain sharding, two for hybrid sharding."""
-        return self.device_mesh if self.dp_replicate > 1 else self.device_mesh["dp_shard_sp"]
+        is_replicated = self.device_mesh.size(0) > 1
+        return self.device_mesh if is_replicated else self.device_mesh["dp_shard_sp"]
 
     def with_own_groups(self) -> Mesh:
         """The same grid over process groups of its own; all processes must call it together.
@@ -172,10 +189,10 @@ def build_mesh(config: ParallelConfig, device: torch.device | None = None) -> Me
     device = device if device is not None else torch.device("cpu")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dp_replicate, dp_shard = resolve_degrees(config, world_size)
-    # For weights, the processes that share tokens count as further shards.
+    shape = (world_size, 1) if config.zero == 0 else (dp_replicate, dp_shard * config.sp)
     device_mesh = init_device_mesh(
         device.type,
-        (dp_replicate, dp_shard * config.sp),
+        shape,
         mesh_dim_names=("dp_replicate", "dp_shard_sp"),
     )
     return Mesh(
@@ -216,6 +233,14 @@ def resolve_degrees(config: ParallelConfig, world_size: int) -> tuple[int, int]:
         )
     dp_size = world_size // config.sp
     of_groups = "" if config.sp == 1 else f" / sp={config.sp}"
+    if config.zero == 0:
+        if config.dp_replicate not in (1, dp_size) or config.dp_shard not in (-1, 1):
+            raise ValueError(
+                f"zero=0 makes every process a replica, which leaves nothing to "
+                f"dp_replicate={config.dp_replicate} and dp_shard={config.dp_shard}: leave both "
+                "unset, or use zero=1, 2 or 3"
+            )
+        return dp_size, 1
     if config.dp_shard == -1:
         if dp_size % config.dp_replicate:
             raise ValueError(

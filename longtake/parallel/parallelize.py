@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from longtake.parallel.activation_checkpointing import checkpoint_blocks
+from longtake.parallel.branches import branches_of
 from longtake.parallel.compile import compile_blocks
 from longtake.parallel.mesh import Mesh, ParallelConfig, compute_dtype
 from longtake.parallel.sequence import split_sequence
@@ -27,20 +28,20 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
     if mesh.token_group is not None:
         split_sequence(model, mesh.token_group)
     if is_compiled(config, mesh.device):
-        compile_blocks(blocks)
+        # Pieces of a branch are what is computed at a time where branches run in pieces.
+        nested = config.checkpointing == "nested"
+        compile_blocks(branch for b in blocks for branch in (branches_of(b) if nested else (b,)))
     # Around the graph: within it, PyTorch 2.11 keeps whatever the operations with a backward of
     # their own save, which is nearly everything.
-    checkpoint_blocks(blocks, config.checkpointing)
+    checkpoint_blocks(blocks, config.checkpointing, offload=config.offload)
     shard_blocks(
         model,
         blocks,
         mesh.fsdp_mesh,
         param_dtype=compute_dtype(config, mesh.device),
-        reshard_after_forward=(
-            mesh.num_shards > 1
-            if config.reshard_after_forward is None
-            else config.reshard_after_forward
-        ),
+        # Without others to share with, gathering and reducing more often gains nothing.
+        reshard_after_forward=config.zero == 3 and mesh.num_shards > 1,
+        accumulate_shards=config.zero >= 2 and mesh.num_shards > 1,
     )
     return model
 

@@ -4,6 +4,7 @@ out."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -20,31 +21,41 @@ def shard_blocks(
     *,
     param_dtype: torch.dtype,
     reshard_after_forward: bool,
+    accumulate_shards: bool = True,
 ) -> None:
     """Shards every block as one unit and the rest of the model as the root unit, in place.
 
     A mesh of one axis shards over it; of two axes it replicates over the first and shards over the
-    second. Weights stay fp32 in the shards, are gathered in `param_dtype`, and gradients are
-    averaged in fp32. Inputs are not cast: the models do that where it is right, and keep timesteps
-    and positions in fp32.
+    second. A block's weights are gathered while the block before it computes, in the forward and in
+    the backward. accumulate_shards: whether the gradients of micro-batches are reduced before they
+    add up (`sync_gradients`). Weights stay fp32 in the shards, are gathered in `param_dtype`, and
+    gradients are averaged in fp32. Inputs are not cast: the models do that where it is right, and
+    keep timesteps and positions in fp32.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for block in blocks:
+    units = [
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        for block in blocks
+    ]
+    for block, following in pairwise(units):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
     # The root's weights are the first that the backward needs: freeing them would gain nothing.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    model.accumulate_shards = accumulate_shards  # pyright: ignore[reportArgumentType]
 
 
 def sync_gradients(model: nn.Module, is_last: bool) -> None:
-    """Call before each micro-batch's forward: gradients are averaged over processes in the last one
-    only.
+    """Call before each micro-batch's forward: says how its gradients join those before.
 
-    In between they add up unreduced in fp32, which costs the memory of the unsharded gradients.
+    Either all are reduced and add up as shards, in fp32: a reduction per micro-batch (ZeRO-2, -3).
+    Or only the last's sum is: those before add up whole, in fp32, which costs their memory and
+    saves their reductions (ZeRO-0, -1).
     """
     assert isinstance(model, FSDPModule), "sync_gradients needs a model from parallelize"
-    model.set_requires_gradient_sync(is_last)
+    model.set_requires_gradient_sync(is_last or bool(model.accumulate_shards))
     model.set_is_last_backward(is_last)
 
 

@@ -53,8 +53,9 @@ def ready_text_encoder(config: TextEncoderConfig, mesh: Mesh, seed: int) -> Text
             compile_blocks(text.blocks)
         if config.placement == "sharded" and mesh.num_shards == 1 and mesh.world_size > 1:
             log.warning(
-                "text_encoder.placement=sharded has no effect with parallel.dp_shard=1 and sp=1: "
-                "no two processes share weights, so each holds the whole text encoder"
+                "text_encoder.placement=sharded has no effect with parallel.zero=0, or with "
+                "dp_shard=1 and sp=1: no two processes share weights, so each holds the whole text "
+                "encoder"
             )
         # After compilation, as for the transformer: weights are gathered outside of the graphs.
         if text_placement(config, text, mesh) == "sharded":

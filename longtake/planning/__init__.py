@@ -1,5 +1,5 @@
-"""Arithmetic about runs without running them: tokens, FLOPs, what travels, hardware peaks, disks.
-Plain numbers only."""
+"""Arithmetic about runs without running them: tokens, FLOPs, memory, what travels, hardware peaks,
+disks. Plain numbers only."""
 
 from longtake.planning.break_even import break_even_steps
 from longtake.planning.communication import exchanged_bytes
@@ -15,6 +15,7 @@ from longtake.planning.disk import (
 from longtake.planning.floor import Ceilings, attention_rate, floor_seconds
 from longtake.planning.flops import forward_macs, model_flops_utilization, training_flops
 from longtake.planning.hardware import peak_bf16_flops
+from longtake.planning.memory import PeakMemory, peak_memory
 from longtake.planning.sizes import parse_size, size_text
 from longtake.planning.tokens import TokenGrid, count_tokens, latent_size, token_grid
 
@@ -23,6 +24,7 @@ __all__ = [
     "Ceilings",
     "DiskPlan",
     "LatentForm",
+    "PeakMemory",
     "TokenGrid",
     "alternatives",
     "assumptions",
@@ -37,6 +39,7 @@ __all__ = [
     "model_flops_utilization",
     "parse_size",
     "peak_bf16_flops",
+    "peak_memory",
     "size_text",
     "text_of_shape",
     "token_grid",

@@ -25,6 +25,7 @@ from longtake.config import (
     check_conditions,
     check_parts,
     dump_yaml,
+    largest_peak,
     latents_of_bucket,
     load_yaml,
     parse_train,
@@ -152,6 +153,8 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
 
         for note in token_notes(config, mesh, video_encoder):
             log.info(note)
+        if (predicted := largest_peak(config, mesh, model, video_encoder)) is not None:
+            log.info("%s", predicted)
         if device.type == "cuda":
             shapes = [latents_of_bucket(video_encoder, bucket) for bucket in config.data.buckets]
             for failure in verify_kernels(config, shapes, device):

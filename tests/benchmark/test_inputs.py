@@ -2,7 +2,7 @@ import torch
 
 from longtake.benchmark.inputs import latent_shape, random_batches, random_inputs
 from longtake.benchmark.subject import Subject
-from longtake.config import preset
+from longtake.config import preset, work_of_latents
 from longtake.encoders import build_video_encoder
 from longtake.models import build_model_from_config
 from longtake.parallel import local_part
@@ -12,6 +12,9 @@ from tests.benchmark.conftest import tiny_row
 def test_latents_have_the_shape_that_the_encoder_gives():
     config = preset("stdit-xl2-64x512")
     assert latent_shape(config, config.data.buckets[0]) == (4, 64, 64, 64)
+    config = preset("stdit-xl2-1min-1080p")
+    assert latent_shape(config, config.data.buckets[0]) == (16, 360, 135, 240)
+    assert work_of_latents(config, (360, 135, 240), samples=1)["tokens"] == 2_937_600
     config = preset("quickstart")
     bucket = config.data.buckets[0]
     encoder = build_video_encoder(config.video_encoder, "cpu")

@@ -18,6 +18,7 @@ from longtake.ops.kernels import PLAIN, KernelConfig, kernels_as
 from longtake.parallel import (
     Mesh,
     ParallelConfig,
+    branches,
     build_mesh,
     is_compiled,
     materialize,
@@ -63,6 +64,8 @@ class Case:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     accumulation: int = 1
     kernels: KernelConfig = PLAIN
+    piece_tokens: int = branches.PIECE_TOKENS
+    """Of branches that run in pieces."""
 
     def on(self, **parallel: Any) -> Case:
         """The same, spread like this."""
@@ -181,8 +184,9 @@ def sharded(
         orchestrator.compile_blocks = compile_quickly  # type: ignore[attr-defined]
     results = []
     for case in cases:
+        branches.PIECE_TOKENS = case.piece_tokens
         mesh = build_mesh(case.parallel, device)
-        model = _parallel_model(case, mesh)
+        model = parallel_model(case, mesh)
         own, loss = _own_samples(mesh), torch.zeros((), device=device)
         count = len(own) // case.accumulation
         for number in range(case.accumulation):
@@ -209,7 +213,7 @@ def runs(cases: list[Case], steps: int) -> list[tuple[list[float], list[float]]]
 
 
 def _run(case: Case, mesh: Mesh, steps: int) -> tuple[list[float], list[float]]:
-    model = _parallel_model(case, mesh)
+    model = parallel_model(case, mesh)
     trainee = Trainee(
         model=model,
         objective=objective_of(case),
@@ -248,7 +252,7 @@ def exchanged(cases: list[Case]) -> list[tuple[int, int]]:
     device = start_distributed("cpu")
     results = []
     for case in cases:
-        model = _parallel_model(case, build_mesh(case.parallel, device))
+        model = parallel_model(case, build_mesh(case.parallel, device))
         with CountExchanged() as forward:
             loss = loss_of(model, case, inputs_of(case, range(1)))
         with CountExchanged() as backward:
@@ -262,7 +266,7 @@ def _own_samples(mesh: Mesh) -> range:
     return range(mesh.dp_rank * count, (mesh.dp_rank + 1) * count)
 
 
-def _parallel_model(case: Case, mesh: Mesh):
+def parallel_model(case: Case, mesh: Mesh):
     with torch.device("meta"):
         model = build(case)
     parallelize(model, mesh, case.parallel)

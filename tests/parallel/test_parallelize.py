@@ -25,7 +25,7 @@ from tests.toy_model import ToyModel, init_toy, toy_batch, toy_loss
 LAYOUTS = {
     "one": (1, ParallelConfig()),
     "shard-2": (2, ParallelConfig()),
-    "shard-4": (4, ParallelConfig(reshard_after_forward=False)),
+    "shard-4": (4, ParallelConfig(zero=2)),
     "hybrid-2x2": (4, ParallelConfig(dp_replicate=2)),
     "replicate-2": (2, ParallelConfig(dp_replicate=2, dp_shard=1)),
     "checkpointed": (2, ParallelConfig(checkpointing="full")),

@@ -57,6 +57,13 @@ def test_sharded_checkpointed_compiled_and_accumulated_it_stays_the_same():
         Case("pixart", accumulation=2).on(sp=2, checkpointing="full"),
         Case("pixart", "iddpm", EVEN).on(sp=2, compile=True),
         Case("latte").on(sp=2, compile=True, checkpointing="full"),
+        Case("stdit", accumulation=2, piece_tokens=20).on(
+            sp=2, checkpointing="nested", offload=True, compile=True
+        ),
+        Case("latte", piece_tokens=20).on(sp=2, checkpointing="nested"),
+        Case("pixart", "iddpm", EVEN, piece_tokens=20).on(
+            sp=2, checkpointing="nested", offload=True
+        ),
     ]
     for results in run_in_processes(sharded, 2, cases, timeout_seconds=200):
         for case, found in zip(cases, results, strict=True):
@@ -70,6 +77,9 @@ def test_on_fused_kernels_it_stays_the_same():
         Case("stdit2", kernels=FUSED).on(sp=2, compile=True),
         Case("stdit", kernels=FUSED).on(sp=2),
         Case("pixart", kernels=FUSED).on(sp=2, compile=True, checkpointing="full"),
+        Case("stdit", kernels=FUSED, piece_tokens=40).on(
+            sp=2, compile=True, checkpointing="nested"
+        ),
     ]
     for results in run_in_processes(sharded, 2, cases, timeout_seconds=250):
         for case, found in zip(cases, results, strict=True):

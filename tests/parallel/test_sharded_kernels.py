@@ -43,9 +43,8 @@ POLICIES = ("none", "selective", "full")
 def _sharded(name: str, is_compiled: bool):
     """By checkpointing policy: gradients, and how many values the blocks' forwards kept."""
     # Weights are freed between a block's forward and its backward.
-    options = {"reshard_after_forward": True, "compile": is_compiled}
     return {
-        policy: _of_policy(name, ParallelConfig(checkpointing=policy, **options))
+        policy: _of_policy(name, ParallelConfig(checkpointing=policy, compile=is_compiled))
         for policy in POLICIES
     }
 

@@ -55,7 +55,8 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def test_any_number_of_processes_reads_what_any_other_wrote(tmp_path):
     hybrid = ParallelConfig(dp_replicate=2)
     state = run_in_processes(_save, 2, tmp_path)[0]
-    for world_size, config in ((1, None), (4, None), (4, hybrid)):
+    replicas = ParallelConfig(zero=0)
+    for world_size, config in ((1, None), (4, None), (4, hybrid), (2, replicas)):
         for extra, found in run_in_processes(_load, world_size, tmp_path, config):
             assert_equal(found, state)
             assert extra == {"step": 3, "note": "ü"}
@@ -65,6 +66,13 @@ def test_any_number_of_processes_reads_what_any_other_wrote(tmp_path):
         extra, found = run_in_processes(_load, 2, tmp_path)[0]
         assert_equal(found, state)
     assert extra["step"] == 9
+
+
+def test_every_level_of_zero_reads_what_the_others_wrote(tmp_path):
+    state = run_in_processes(_save, 2, tmp_path, ParallelConfig(zero=0))[0]
+    for zero in (1, 2, 3):
+        for _, found in run_in_processes(_load, 2, tmp_path, ParallelConfig(zero=zero)):
+            assert_equal(found, state)
 
 
 def test_a_checkpoint_holds_every_part_of_the_run(tmp_path):

@@ -1,0 +1,186 @@
+"""What blocks do not keep, they compute again: the same loss and gradients under every policy, with
+no more in memory than it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from longtake.models import init_weights
+from longtake.parallel import ParallelConfig, branches
+from longtake.parallel.activation_checkpointing import checkpoint_blocks
+from longtake.parallel.offload import StreamOffload
+from tests.parallel.sequence_cases import (
+    BATCH,
+    EVEN,
+    IMAGE,
+    NAMES,
+    UNEVEN,
+    Case,
+    assert_same,
+    build,
+    inputs_of,
+    loss_of,
+    to_device,
+    write_shaken,
+)
+
+
+def _checkpointed(case: Case, policy: str, *, offload: bool, dtype=torch.float64):
+    model = build(case).to(dtype)
+    init_weights(model, seed=0, write=write_shaken)
+    names = list(dict(model.named_parameters()))
+    checkpoint_blocks(model.blocks, policy, offload=offload)  # type: ignore[arg-type]
+    assert list(dict(model.named_parameters())) == names
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_has_the_gradients_of_one_that_keeps_everything(name, monkeypatch):
+    in_pieces = [("nested", True, UNEVEN, 40), ("nested", False, IMAGE, 1)]
+    whole = [("nested", False, EVEN, 2**16), ("full", True, EVEN, 2**16)]
+    for policy, offload, latents, piece_tokens in in_pieces + (whole if name == "stdit" else []):
+        monkeypatch.setattr(branches, "PIECE_TOKENS", piece_tokens)
+        case = Case(name, latents=latents)
+        model = _checkpointed(case, policy, offload=offload)
+        loss = loss_of(model, case, inputs_of(case, range(BATCH), dtype=torch.float64))
+        loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found = float(loss.detach()), gradients
+        assert_same(found, case, tolerance=1e-12, dtype=torch.float64)
+
+
+def test_in_bf16_gradients_of_pieces_are_summed_in_fp32(monkeypatch):
+    case = Case("stdit", latents=EVEN)
+    inputs = inputs_of(case, range(BATCH), dtype=torch.bfloat16)
+
+    def gradients(piece_tokens: int) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(branches, "PIECE_TOKENS", piece_tokens)
+        model = _checkpointed(case, "nested", offload=False, dtype=torch.bfloat16)
+        loss_of(model, case, inputs).backward()
+        return {n: p.grad for n, p in model.blocks.named_parameters() if p.grad is not None}
+
+    whole, cut = gradients(2**16), gradients(4)
+    for name, gradient in whole.items():
+        error = (cut[name] - gradient).float().norm() / gradient.float().norm()
+        # 8 bits each; summed in bf16, 32 pieces would lose two or three of them.
+        assert error < 2e-2, f"{name}: {error:.2g}"
+
+
+def test_pieces_cover_all_rows_and_are_equal_where_that_can_be():
+    def lengths(shape: tuple[int, ...], dim: int | None) -> list[int]:
+        pieces = branches._pieces(torch.empty(shape, device="meta"), dim)
+        assert [piece.first for piece in pieces] == [
+            sum(piece.length for piece in pieces[:i]) for i in range(len(pieces))
+        ]
+        return [piece.length for piece in pieces]
+
+    # Half a minute of 1080p: frames of 8,160 tokens, then places of 360.
+    assert lengths((1, 180, 8160, 1152), 1) == [6] * 30
+    assert lengths((1, 360, 4080, 1152), 2) == [170] * 24
+    assert lengths((1, 16, 256, 1152), 1) == [16]
+    assert lengths((2, 65_537, 8), 1) == [2**15, 2**15, 1]
+    assert lengths((1, 2**18, 8), None) == [2**18]
+
+
+def test_inference_gives_the_same_in_pieces(monkeypatch):
+    case = Case("stdit2", latents=EVEN)
+    losses = []
+    for piece_tokens in (2**16, 24):
+        monkeypatch.setattr(branches, "PIECE_TOKENS", piece_tokens)
+        model = _checkpointed(case, "nested", offload=True)
+        with torch.no_grad():
+            losses.append(
+                float(loss_of(model, case, inputs_of(case, range(BATCH), dtype=torch.float64)))
+            )
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_a_block_computed_again_keeps_the_inputs_of_its_branches_alone():
+    case = Case("stdit", latents=EVEN)
+    x_BTSD = torch.randn(2, 4, 8, 32, dtype=torch.float64, requires_grad=True)
+    rest = (
+        torch.randn(2, 6, 32, dtype=torch.float64),
+        torch.randn(2, 5, 32, dtype=torch.float64),
+        None,
+    )
+
+    def kept_by(policy: str) -> int:
+        block = _checkpointed(case, "none", offload=False).blocks[0]
+        if policy == "nested":
+            for branch in branches.branches_of(block):
+                branches.run_in_pieces(branch)
+        kept = []
+
+        def note(tensor):
+            if tensor.numel() >= x_BTSD.numel():
+                kept.append(tensor.numel() // x_BTSD.numel())
+            return tensor
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            block(x_BTSD, *rest)
+        return sum(kept)
+
+    assert kept_by("nested") == 4, "one for each of the four branches"
+    assert kept_by("none") > 20
+
+
+class _Square(torch.autograd.Function):
+    """Keeps its input, as a checkpointed block does."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, dout):
+        (x,) = ctx.saved_tensors
+        return 2 * x * dout
+
+
+def test_offloaded_inputs_leave_the_device_and_come_back_as_they_were():
+    x = torch.rand(3, 5, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):  # the second forward begins anew, whatever became of the first
+        offload = StreamOffload()
+        out = x + 0
+        for number in range(6):
+            out = offload.around(_Square.apply, is_first=number == 0)(out)
+    on_device, kept = 0, offload._newest
+    while kept is not None:
+        on_device += kept._x is not None
+        kept = kept._before
+    assert on_device == 2, "the newest, and the one on its way"
+    out.sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, 64 * x**63, rtol=1e-12)
+
+
+def test_offload_without_checkpointed_blocks_is_refused():
+    with pytest.raises(ValueError, match=r"checkpointing=selective .* full or nested"):
+        ParallelConfig(offload=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_nested_and_offloaded_is_the_same_in_less_memory(monkeypatch):
+    monkeypatch.setattr(branches, "PIECE_TOKENS", 2**12)
+    case, device = Case("stdit", latents=(16, 64, 64)), torch.device("cuda")
+    peaks, found = [], []
+    for policy, offload in (("none", False), ("nested", False), ("nested", True)):
+        model = _checkpointed(case, policy, offload=offload, dtype=torch.float32).to(device)
+        inputs = to_device(inputs_of(case, range(BATCH)), device)
+        for _ in range(2):  # memory that comes back used
+            model.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            loss_of(model, case, inputs).backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for gradients in found[1:]:
+        for name, gradient in found[0].items():
+            error = (gradients[name] - gradient).norm() / gradient.norm()
+            assert error < 1e-4, f"{name}: {error:.2g}"
+    assert peaks[0] > 1.5 * peaks[1]
+    # Two blocks are too few to offload much: the same tensors, and none more.
+    assert peaks[2] <= 1.05 * peaks[1]
