@@ -10,10 +10,12 @@ from longtake.parallel.collectives import (
 )
 from longtake.parallel.compile import compile_blocks
 from longtake.parallel.mesh import (
+    COLLECTIVE_MARGIN_SECONDS,
     Mesh,
     ParallelConfig,
     build_mesh,
     compute_dtype,
+    may_be_restarted,
     start_distributed,
     stop_distributed,
 )
@@ -32,6 +34,7 @@ from longtake.parallel.shard import (
 )
 
 __all__ = [
+    "COLLECTIVE_MARGIN_SECONDS",
     "Mesh",
     "ParallelConfig",
     "PeerError",
@@ -46,6 +49,7 @@ __all__ = [
     "local_part",
     "local_parts",
     "materialize",
+    "may_be_restarted",
     "mean_over_processes",
     "parallelize",
     "read_full",

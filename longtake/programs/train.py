@@ -51,6 +51,7 @@ from longtake.parallel import (
     Mesh,
     build_mesh,
     materialize,
+    may_be_restarted,
     mean_over_processes,
     parallelize,
     start_distributed,
@@ -93,6 +94,7 @@ from longtake.training import (
     RunFolder,
     SkippedUpdates,
     StopRequest,
+    Watchdog,
     build_optimizer,
     hold_run_folder,
     learning_rate,
@@ -118,6 +120,8 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
     with ExitStack() as at_exit:
         stop = StopRequest()
         device = start_distributed(timeout_seconds=config.parallel.timeout_seconds)
+        # Entered first, left last: whatever the end of a run waits for is watched as well.
+        watchdog = at_exit.enter_context(Watchdog(config.parallel.timeout_seconds))
         at_exit.callback(stop_distributed)
         mesh = build_mesh(config.parallel, device)
         show_log(is_first=mesh.is_first)
@@ -209,6 +213,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
             device=device,
             with_sizes=config.model.micro_conditioning,
         )
+        watchdog.watch(model)
         validate = _validator(config, model, objective, ema, held_out, encode, metrics, bad_samples)
         sample = _sampler(config, mesh, model, objective, ema, folder, video_encoder, text_encoder)
         work = [work_of_step(config, video_encoder, bucket) for bucket in config.data.buckets]
@@ -239,6 +244,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
             skipped.add(result.applied)
 
             step = encoded.place.step
+            watchdog.progressed(f"the end of step {step}")
             meter.add(**work[encoded.bucket])
             bar.advance()
             is_last = step == config.train.steps
@@ -293,6 +299,11 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
 def _open_folder(config: RunConfig, mesh: Mesh, at_exit: ExitStack, *, fresh: bool) -> RunFolder:
     """The run's folder, held for this run; an existing run there must be the same one."""
     folder = RunFolder(Path(config.output) / config.name)
+    if fresh and may_be_restarted():
+        raise ValueError(
+            "--fresh does not go with torchrun --max-restarts: every restart would set the run "
+            "aside and begin again. Move the old folder away, or choose another --name"
+        )
     if fresh and folder.path.exists():
         with hold_run_folder(folder.path):  # not the folder of a run that is still going on
             if mesh.is_first:
