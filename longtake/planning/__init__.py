@@ -2,7 +2,11 @@
 Plain numbers only."""
 
 from longtake.planning.break_even import break_even_steps
-from longtake.planning.communication import exchanged_bytes
+from longtake.planning.communication import (
+    ShardingTraffic,
+    exchanged_bytes,
+    sharding_traffic,
+)
 from longtake.planning.disk import (
     FORMS,
     DiskPlan,
@@ -23,6 +27,7 @@ __all__ = [
     "Ceilings",
     "DiskPlan",
     "LatentForm",
+    "ShardingTraffic",
     "TokenGrid",
     "alternatives",
     "assumptions",
@@ -37,6 +42,7 @@ __all__ = [
     "model_flops_utilization",
     "parse_size",
     "peak_bf16_flops",
+    "sharding_traffic",
     "size_text",
     "text_of_shape",
     "token_grid",
