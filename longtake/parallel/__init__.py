@@ -9,6 +9,7 @@ from longtake.parallel.collectives import (
     run_together,
 )
 from longtake.parallel.compile import compile_blocks
+from longtake.parallel.exchange import TokenGroup, gather_rows
 from longtake.parallel.mesh import (
     COLLECTIVE_MARGIN_SECONDS,
     Mesh,
@@ -38,12 +39,14 @@ __all__ = [
     "Mesh",
     "ParallelConfig",
     "PeerError",
+    "TokenGroup",
     "any_process",
     "build_mesh",
     "compile_blocks",
     "compute_dtype",
     "drop_gathered",
     "gather_json",
+    "gather_rows",
     "global_norm",
     "is_compiled",
     "local_part",

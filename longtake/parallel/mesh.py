@@ -82,6 +82,7 @@ class Mesh:
     device: torch.device
     device_mesh: DeviceMesh  # axes dp_replicate, dp_shard_sp
     token_group: TokenGroup | None  # None without sequence parallelism
+    timeout_seconds: int
 
     @property
     def dp_size(self) -> int:
@@ -105,6 +106,11 @@ class Mesh:
     def fsdp_mesh(self) -> DeviceMesh:
         """What `fully_shard` wants: one axis for plain sharding, two for hybrid sharding."""
         return self.device_mesh if self.dp_replicate > 1 else self.device_mesh["dp_shard_sp"]
+
+    def new_token_group(self) -> TokenGroup | None:
+        """The same processes as the token group's, in a process group of its own (see
+        `with_own_groups`); all processes must call it together."""
+        return _token_group(self.sp, self.rank, self.timeout_seconds)
 
     def with_own_groups(self) -> Mesh:
         """The same grid over process groups of its own; all processes must call it together.
@@ -217,6 +223,7 @@ def build_mesh(config: ParallelConfig, device: torch.device | None = None) -> Me
         device=device,
         device_mesh=device_mesh,
         token_group=_token_group(config.sp, rank, config.timeout_seconds),
+        timeout_seconds=config.timeout_seconds,
     )
 
 

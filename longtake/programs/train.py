@@ -68,6 +68,7 @@ from longtake.pipeline import (
     generate,
     ready_text_encoder,
     ready_video_encoder,
+    share_encoding,
     text_placement,
     to_uint8,
     training_step,
@@ -175,6 +176,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         record["encoders"] |= {
             "ahead": is_ahead,
             "text_placement": text_placement(config.text_encoder, text_encoder, mesh),
+            "shared_by": mesh.sp,
         }
         documents = {"config.yaml": dump_yaml(config), "run.json": json.dumps(record, indent=2)}
         checkpointer = Checkpointer(
@@ -205,7 +207,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         bar = ProgressBar(config.train.steps, done=step, is_shown=mesh.is_first)
         at_exit.enter_context(bar.shown())
 
-        encode = partial(
+        encode_alone = partial(
             encode_batch,
             video_encoder=video_encoder,
             text_encoder=text_encoder,
@@ -213,13 +215,14 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
             device=device,
             with_sizes=config.model.micro_conditioning,
         )
+        encode = partial(encode_alone, shared=share_encoding(mesh))
         watchdog.watch(model)
         validate = _validator(config, model, objective, ema, held_out, encode, metrics, bad_samples)
         sample = _sampler(config, mesh, model, objective, ema, folder, video_encoder, text_encoder)
         work = [work_of_step(config, video_encoder, bucket) for bucket in config.data.buckets]
         if step == 0:
             if mesh.is_first:
-                _show_real_clips(config, source, encode, video_encoder, folder)
+                _show_real_clips(config, source, encode_alone, video_encoder, folder)
             validate(step)
         _release(video_encoder, text_encoder)
 
