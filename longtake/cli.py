@@ -16,7 +16,7 @@ _COMMANDS = {
     "train": "train a model on a manifest of clips, or on a latent store",
     "sample": "generate videos or images from a run's checkpoint",
     "convert": "read public weights strictly; write safetensors or diffusers' layout",
-    "plan": "arithmetic beforehand: the space that a data set's encodings take",
+    "plan": "arithmetic beforehand: the space of a data set's encodings, the layout of a run",
     "doctor": "check this environment, a manifest, or both",
     "bench": "measure how fast this machine trains, beside plain torch and a floor",
 }

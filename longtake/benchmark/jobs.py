@@ -1,7 +1,9 @@
-"""A measurement in a process of its own: clean memory, and no row can take another one with it."""
+"""A measurement in processes of its own, one a GPU: clean memory, and no row can take another one
+with it."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,11 +13,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Timer
+from threading import Thread
+
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from longtake.benchmark.measure import Say, StepOptions
 from longtake.benchmark.records import MachineReport, Outcome, StepReport, load_report
 from longtake.config import RunConfig, dump_yaml, to_plain
+
+# When one process of several fails, the others may wait for it in vain.
+_GRACE_SECONDS = 10
 
 # The exit status of a step that the device's memory cannot hold.
 DOES_NOT_FIT = 3
@@ -27,6 +34,7 @@ class Job:
 
     config: RunConfig
     options: StepOptions
+    num_processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ def ask_machine(*, say: Say, timeout_seconds: float = 300) -> MachineReport:
 
 
 def run_in_process(job: Job, *, say: Say, timeout_seconds: float) -> Finished:
-    """`longtake bench step` in a new interpreter, whose output is passed on line by line."""
+    """`longtake bench step` in new interpreters, whose output is passed on line by line."""
     with tempfile.TemporaryDirectory() as folder:
         config, result = Path(folder) / "config.yaml", Path(folder) / "step.json"
         config.write_text(dump_yaml(job.config), encoding="utf-8")
@@ -67,7 +75,7 @@ def run_in_process(job: Job, *, say: Say, timeout_seconds: float) -> Finished:
             *(*_bench(), "step", "--config", str(config), "--json", str(result)),
             *("--no-ceilings", "--brief", *_arguments(job.options)),
         ]
-        status, tail = _run(command, say, timeout_seconds)
+        status, tail = _run(command, say, timeout_seconds, job.num_processes)
         report = load_report(result, StepReport) if result.exists() else None
     plain = to_plain(job.config)
     if report is not None and report.measurement is not None:
@@ -93,26 +101,73 @@ def _arguments(options: StepOptions) -> list[str]:
     return arguments
 
 
-def _run(command: Sequence[str], say: Say, timeout_seconds: float) -> tuple[int, str]:
-    """Exit status and the last line of output; everything is passed on while it comes."""
+def _run(
+    command: Sequence[str], say: Say, timeout_seconds: float, num_processes: int = 1
+) -> tuple[int, str]:
+    """Exit status and the last line of output; everything is passed on while it comes.
+
+    Of several processes it is the first status that is not 0, and all end with that one.
+    """
     last: deque[str] = deque(maxlen=1)
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
-        timer = Timer(timeout_seconds, process.kill)
-        timer.start()
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line := line.rstrip():
-                    last.append(line)
-                    say(line)
-            status = process.wait()
-        finally:
-            # A table that is interrupted takes its row along.
+    reading, writing = os.pipe()
+    # As torchrun does it, whose own processes would outlive a table that is interrupted.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = []
+    try:
+        for rank in range(num_processes):
+            place = {} if num_processes == 1 else _place(rank, num_processes, store.port)
+            processes.append(
+                subprocess.Popen(
+                    command, stdout=writing, stderr=subprocess.STDOUT, env=os.environ | place
+                )
+            )
+        os.close(writing)
+        reader = Thread(target=_pass_on, args=(reading, say, last), daemon=True)
+        reader.start()
+        status = _wait(processes, timeout_seconds)
+    finally:
+        # A table that is interrupted takes its row along.
+        for process in processes:
             process.kill()
-            timer.cancel()
+            process.wait()
+    # Not for ever: a helper process of theirs may still hold the pipe.
+    reader.join(_GRACE_SECONDS)
     return status, last[0] if last else ""
+
+
+def _place(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a process of several finds in its environment."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def _pass_on(reading: int, say: Say, last: deque[str]) -> None:
+    with open(reading, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line := line.rstrip():
+                last.append(line)
+                say(line)
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout_seconds: float) -> int:
+    """The first exit status that is not 0, or 0; when time is over the processes are killed."""
+    deadline, failed = time.monotonic() + timeout_seconds, 0
+    while None in (statuses := [process.poll() for process in processes]):
+        if not failed and any(statuses):
+            failed = next(filter(None, statuses))
+            deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
+    return failed or next(filter(None, statuses), 0)
 
 
 def _ended(status: int, timeout_seconds: float) -> str:

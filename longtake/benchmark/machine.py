@@ -17,7 +17,11 @@ _LOAD_FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Versions, hardware, limits and the code's commit, as plain JSON values."""
-    return environment() | {"gpu": _ask_gpu(device, _GPU_FIELDS), "commit": _commit()}
+    return environment() | {
+        "gpus": torch.cuda.device_count(),
+        "gpu": _ask_gpu(device, _GPU_FIELDS),
+        "commit": _commit(),
+    }
 
 
 def clocks_now(device: torch.device) -> str | None:

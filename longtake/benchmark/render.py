@@ -13,7 +13,7 @@ from rich.table import Table
 from longtake.benchmark.measure import describe_step
 from longtake.benchmark.protocol import describe_protocol
 from longtake.benchmark.records import Measurement, Outcome, RowReport, StepReport, TableReport
-from longtake.benchmark.table import floor_rate
+from longtake.benchmark.table import floor_rate, sent_bytes
 from longtake.planning import Ceilings
 
 Cells = tuple[str, ...]
@@ -43,6 +43,18 @@ _ENCODERS = (
     "sum of the parts",
     "whole over sum",
 )
+_SEVERAL = (
+    "row",
+    "GPUs",
+    "layout",
+    "samples/s of all",
+    "samples/s a GPU",
+    "compared with",
+    "times that",
+    "price",
+    "exchanged a step",
+    "weights and gradients a step",
+)
 _MANNER = ("row", "precision", "checkpointing", "blocks", "encoders", "kernels", "steps", "search")
 _ELSEWHERE = ("row", "what", "samples/s", "GPU", "note")
 
@@ -55,7 +67,10 @@ NOTES = (
     "precision. *Floor* is the samples/s that this run's own ceilings allow by arithmetic, without "
     "overlap or tricks. *Sum of the parts*: the samples/s if transformer, video and text encoder, "
     "each timed alone at the same micro-batch, followed one another; ahead of it is what "
-    "encoding ahead gains. *Best elsewhere* was measured on one H200 without EMA and encoders; "
+    "encoding ahead gains. *Price* is what a GPU loses against the row it is compared with: of "
+    "sequence parallelism against two GPUs with samples each, of these against one GPU. Bytes "
+    "are what leaves a GPU in a step, by formula. *Best elsewhere* was measured on one H200 "
+    "without EMA and encoders; "
     "*Open-Sora 1.0* is as its page prints it, on 8 H800."
 )
 
@@ -178,6 +193,7 @@ def _parts(report: TableReport) -> list[tuple[str, Cells, list[Cells]]]:
     parts = [
         ("Speed", _SPEED, [line for row in rows for line in _speed(row, report.ceilings)]),
         ("Encoders", _ENCODERS, [line for row in rows for line in _encoders(row)]),
+        ("Several GPUs", _SEVERAL, [line for row in rows for line in _several(row)]),
         ("How each row ran", _MANNER, [line for row in rows for line in _manner(row)]),
         ("Figures from elsewhere", _ELSEWHERE, [line for row in rows for line in _elsewhere(row)]),
     ]
@@ -226,7 +242,9 @@ def _rates(outcome: Outcome, ceilings: Ceilings | None) -> Cells:
 def _encoders(row: RowReport) -> list[Cells]:
     """The row's speed beside its baseline and beside its parts, if there is either."""
     measured = row.fast.measurement
-    if measured is None or (row.times_baseline is None and not measured.parts_ms):
+    if measured is None or measured.num_devices > 1:
+        return []
+    if row.times_baseline is None and not measured.parts_ms:
         return []
     parts = measured.parts_ms
 
@@ -244,6 +262,28 @@ def _encoders(row: RowReport) -> list[Cells]:
             *map(alone, ("transformer", "video encoder", "text encoder")),
             f"{number(total)} ms, {number(of_parts)}/s" if of_parts else "",
             number(measured.samples_per_second / of_parts, 3) if of_parts else "",
+        )
+    ]
+
+
+def _several(row: RowReport) -> list[Cells]:
+    """What several GPUs cost one another; nothing of rows on one."""
+    measured = row.fast.measurement
+    if measured is None or measured.num_devices == 1:
+        return []
+    exchanged, sharded = (f"{size / 1e9:.3g} GB" for size in sent_bytes(measured, row.fast.config))
+    return [
+        (
+            row.title,
+            str(measured.num_devices),
+            f"dp={measured.num_devices // measured.sp}, sp={measured.sp}",
+            number(measured.samples_per_second * measured.num_devices),
+            number(measured.samples_per_second),
+            row.baseline or "",
+            number(row.times_baseline, 3),
+            f"{1 - row.times_baseline:.1%}" if row.times_baseline else "–",
+            exchanged,
+            sharded,
         )
     ]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import get_args, get_type_hints
 
 from longtake.benchmark.records import Encoders, Figure
-from longtake.config import RunConfig, preset, with_encoder_weights
+from longtake.config import PRESETS, RunConfig, preset, with_encoder_weights
 from longtake.data import Bucket
 from longtake.models import ModelConfig
 from longtake.parallel import ParallelConfig
@@ -37,6 +37,8 @@ class Row:
     """Whether the same on plain torch is measured beside it."""
     baseline: str | None = None
     """The key of the row whose speed this one is compared with."""
+    gpus: int = 1
+    """One process each. With several, no micro-batch is searched: None takes the baseline's."""
     printed: tuple[Figure, ...] = ()
     known: tuple[Figure, ...] = ()
 
@@ -190,6 +192,39 @@ def _ahead(config: RunConfig) -> RunConfig:
     return replace(config, train=replace(config.train, encode_ahead=True))
 
 
+def _on_two(
+    key: str,
+    title: str,
+    name: str,
+    baseline: str | None,
+    *,
+    sp: int = 1,
+    table: str = "video",
+    micro_batch: int | None = None,
+    policies: tuple[str, ...] | None = None,
+    **fields: object,
+) -> tuple[Row, ...]:
+    """The row of a preset on two GPUs, which take samples each or share their tokens; nothing
+    without such a preset."""
+    if name not in PRESETS:
+        return ()
+    own = preset(name).parallel.checkpointing
+    row = _video(
+        key,
+        title,
+        name,
+        table=table,
+        gpus=2,
+        has_plain=False,
+        baseline=baseline,
+        micro_batch=micro_batch,
+        policies=policies or (own,),
+        **fields,  # pyright: ignore[reportArgumentType]
+    )
+    parallel = replace(row.config.parallel, sp=sp)
+    return (replace(row, config=replace(row.config, parallel=parallel)),)
+
+
 def _policies() -> tuple[str, ...]:
     """All of them, from the fastest to the one that needs least memory."""
     return get_args(get_type_hints(ParallelConfig)["checkpointing"])
@@ -248,6 +283,14 @@ _ROWS = (
         ),
         known=(_META,),
     ),
+    *_on_two(
+        "dit-256-dp2",
+        "DiT-XL/2 256x256, dp=2",
+        "dit-xl2-256",
+        "dit-256-batch128",
+        table="images",
+        policies=("none",),
+    ),
     _video(
         "dit-256-on-line",
         "DiT-XL/2 256x256, VAE on-line",
@@ -263,6 +306,13 @@ _ROWS = (
         known=(
             _known("Open-Sora 1.0's model, no checkpointing, compiled per block, batch 16", 22.2),
         ),
+    ),
+    *_on_two(
+        "stdit-16x256-dp2",
+        "STDiT-XL/2 16x256, dp=2",
+        "stdit-xl2-16x256",
+        "stdit-16x256",
+        policies=("none",),
     ),
     _video(
         "full-16x256",
@@ -298,6 +348,23 @@ _ROWS = (
         printed=(_printed("STDiT (GC) 64x512", 0.40, "encoders on-line"),),
         known=(_known("Open-Sora 1.0's model, checkpointing, batch 4", 0.71),),
     ),
+    *_on_two(
+        "stdit-64x512-dp2",
+        "STDiT-XL/2 64x512, dp=2",
+        "stdit-xl2-64x512",
+        "stdit-64x512",
+        micro_batch=1,
+        policies=_policies(),
+    ),
+    *_on_two(
+        "stdit-64x512-sp2",
+        "STDiT-XL/2 64x512, sp=2",
+        "stdit-xl2-64x512",
+        "stdit-64x512-dp2",
+        sp=2,
+        micro_batch=1,
+        policies=_policies(),
+    ),
     *_ON_LINE_512,
     *_ON_LINE_64,
     _video(
@@ -308,6 +375,32 @@ _ROWS = (
         policies=("full",),
         printed=(_printed("STDiT (GC, sp=2) 360x512", 0.10, _PER_PAIR),),
         known=(_known("Open-Sora 1.0's sequence parallelism on 2 GPUs, checkpointing", 0.102),),
+    ),
+    *_on_two(
+        "stdit-360x512-dp2",
+        "STDiT-XL/2 360x512, dp=2",
+        "stdit-xl2-360x512",
+        "stdit-360x512",
+        micro_batch=1,
+    ),
+    *_on_two(
+        "stdit-360x512-sp2",
+        "STDiT-XL/2 360x512, sp=2",
+        "stdit-xl2-360x512",
+        "stdit-360x512-dp2",
+        sp=2,
+        micro_batch=1,
+        printed=(_printed("STDiT (GC, sp=2) 360x512", 0.10, _PER_PAIR),),
+        known=(_known("Open-Sora 1.0's sequence parallelism on 2 GPUs, checkpointing", 0.102),),
+    ),
+    # Alone on a GPU a step of this would take minutes: there is nothing to compare it with.
+    *_on_two(
+        "stdit-1min-1080p-sp2",
+        "STDiT-XL/2 one minute of 1080p, sp=2",
+        "stdit-xl2-1min-1080p",
+        None,
+        sp=2,
+        micro_batch=1,
     ),
     _video(
         "full-64x512",

@@ -31,9 +31,9 @@ from longtake.pipeline import (
     build_encoders,
     encode_batch,
     in_turn,
+    share_encoding,
     training_step,
 )
-from longtake.pipeline.inputs import text_condition
 from longtake.randomness import named_seed
 from longtake.training import Ema, build_optimizer
 
@@ -62,6 +62,7 @@ class Subject:
         self.config, self.mesh, self.encoders, self.seed = config, mesh, encoders, seed
         self._steps = count()
         self._video_encoder = self._text_encoder = None
+        self._shared = share_encoding(mesh)
         self.encodes_ahead = encoders != "absent" and config.train.encode_ahead
         objective = build_objective(config.diffusion)
         with torch.device("meta"):
@@ -128,7 +129,7 @@ class Subject:
             "video encoder": partial(self._encode, batch, with_text=False),
         }
         if text_encoder is not None:
-            found["text encoder"] = partial(text_condition, text_encoder, batch.captions)
+            found["text encoder"] = partial(self._shared.text(text_encoder), batch.captions)
         return found
 
     def _encode(self, batch: Any, *, with_text: bool = True) -> Inputs:
@@ -140,6 +141,7 @@ class Subject:
             seed=self.seed,
             device=self.mesh.device,
             with_sizes=self.config.model.micro_conditioning,
+            shared=self._shared,
         )
 
     def _train(self, inputs: Iterator[Inputs]) -> StepResult:

@@ -21,7 +21,13 @@ from longtake.benchmark.records import (
 )
 from longtake.benchmark.rows import Row
 from longtake.config import RunConfig, from_plain, to_plain
-from longtake.planning import Ceilings, floor_seconds, token_grid
+from longtake.planning import (
+    Ceilings,
+    exchanged_bytes,
+    floor_seconds,
+    sharding_traffic,
+    token_grid,
+)
 
 
 def select(rows: Sequence[Row], patterns: Sequence[str]) -> list[Row]:
@@ -77,7 +83,7 @@ def measure_table(
             found = before
             say("  taken over")
         else:
-            fast = _fast(row, protocol, run_job, say)
+            fast = _fast(row, kept, machine, protocol, run_job, say)
             found = RowReport(
                 key=row.key,
                 title=row.title,
@@ -94,12 +100,38 @@ def measure_table(
     return report
 
 
-def _fast(row: Row, protocol: Protocol, run_job: RunJob, say: Say) -> Outcome:
-    """Longtake's own step under the first policy that fits."""
-    sizing: Sizing = "search" if row.micro_batch is None else "fixed"
+def _fast(
+    row: Row,
+    measured: Mapping[str, RowReport],
+    machine: MachineReport,
+    protocol: Protocol,
+    run_job: RunJob,
+    say: Say,
+) -> Outcome:
+    """Longtake's own step under the first policy that fits, if the machine has the GPUs for it."""
+    sizing: Sizing = "search" if row.micro_batch is None and row.gpus == 1 else "fixed"
+    micro_batch = row.micro_batch
+    if row.gpus > 1:
+        baseline = measured.get(row.baseline or "")
+        if micro_batch is None and baseline is not None and baseline.fast.measurement is not None:
+            micro_batch = baseline.fast.measurement.micro_batch
+        if skipped := _why_skipped(row, micro_batch, machine):
+            say(f"  skipped: {skipped}")
+            return Outcome(config=to_plain(row.config), failure=skipped)
     return _first_that_fits(
-        row.config, row.policies, sizing, row.micro_batch, row, protocol, run_job, say
+        row.config, row.policies, sizing, micro_batch, row, protocol, run_job, say
     )
+
+
+def _why_skipped(row: Row, micro_batch: int | None, machine: MachineReport) -> str | None:
+    """Why a row for several GPUs cannot be measured. Where there is no GPU at all, processes are
+    as many as one likes."""
+    device, gpus = machine.environment.get("device", {}), machine.environment.get("gpus", 1)
+    if device.get("type") == "cuda" and gpus < row.gpus:
+        return f"needs {row.gpus} GPUs, this machine has {gpus}"
+    if micro_batch is None:
+        return f"takes the micro-batch of row {row.baseline}: measure that with it"
+    return None
 
 
 def _plain(row: Row, micro_batch: int, protocol: Protocol, run_job: RunJob, say: Say) -> Outcome:
@@ -144,7 +176,7 @@ def _first_that_fits(
         say(f"  activation checkpointing: {policy}")
         chosen: Any = policy
         own = replace(config, parallel=replace(config.parallel, checkpointing=chosen))
-        finished = run_job(Job(own, options))
+        finished = run_job(Job(own, options, num_processes=row.gpus))
         if not finished.does_not_fit:
             break
     assert finished is not None, "a row has at least one policy"
@@ -174,8 +206,8 @@ def _beside_baseline(row: RowReport, rows: Mapping[str, RowReport]) -> RowReport
 
 def floor_rate(measured: Measurement, config: dict[str, Any], ceilings: Ceilings) -> float | None:
     """Samples per second at the ceilings, the micro-batch being the measured one; None with
-    encoders in the step."""
-    if measured.encoders != "absent":
+    encoders in the step or several devices, of whose links no ceiling is known."""
+    if measured.encoders != "absent" or measured.num_devices > 1:
         return None
     run = from_plain(config, RunConfig, source="row")
     depth, hidden_size, _ = run.model.dimensions
@@ -190,6 +222,33 @@ def floor_rate(measured: Measurement, config: dict[str, Any], ceilings: Ceilings
         text_tokens=run.model.max_caption_tokens,
         mlp_ratio=run.model.mlp_ratio,
     )
+
+
+def sent_bytes(measured: Measurement, config: dict[str, Any]) -> tuple[float, float]:
+    """Bytes that leave a GPU in one step by formula: of exchanged tokens, and of weights and
+    gradients."""
+    run = from_plain(config, RunConfig, source="row")
+    depth, hidden_size, _ = run.model.dimensions
+    weight_bytes = 2 if measured.precision == "bf16" else 4
+    exchanged = measured.micro_batch * exchanged_bytes(
+        run.model.name,
+        token_grid(measured.latents[1:], patch=run.model.patch_size),
+        hidden_size=hidden_size,
+        depth=depth,
+        sp=measured.sp,
+        bytes_per_value=weight_bytes,
+    )
+    # Forward and backward; whatever computes whole blocks again exchanges again.
+    passes = 2 if measured.checkpointing in ("none", "selective") else 3
+    replicas = run.parallel.dp_replicate
+    sharding = sharding_traffic(
+        measured.parameters,
+        shards=measured.num_devices // replicas,
+        replicas=replicas,
+        gathers=1 if run.parallel.reshard_after_forward is False else 2,
+        weight_bytes=weight_bytes,
+    )
+    return passes * exchanged * (measured.sp - 1) / measured.sp, sharding.total
 
 
 def earlier_table(

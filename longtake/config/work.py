@@ -145,8 +145,8 @@ def token_notes(config: RunConfig, mesh: Mesh, video_encoder: VideoEncoder) -> l
     if mesh.sp == 1:
         return []
     notes = [
-        f"sp={mesh.sp}: the processes of a group share the tokens of a sample; decoding and "
-        "encoding it is not shared, each does it for itself (a latent store spares it)"
+        f"sp={mesh.sp}: the processes of a group share the tokens of a sample and its encoding; "
+        "each decodes the whole of it for itself (a latent store spares both)"
     ]
     has_frames = config.model.name not in ("dit", "pixart")
     for bucket in config.data.buckets:

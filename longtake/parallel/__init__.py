@@ -10,11 +10,14 @@ from longtake.parallel.collectives import (
     run_together,
 )
 from longtake.parallel.compile import compile_blocks
+from longtake.parallel.exchange import TokenGroup, gather_rows
 from longtake.parallel.mesh import (
+    COLLECTIVE_MARGIN_SECONDS,
     Mesh,
     ParallelConfig,
     build_mesh,
     compute_dtype,
+    may_be_restarted,
     start_distributed,
     stop_distributed,
 )
@@ -33,21 +36,25 @@ from longtake.parallel.shard import (
 )
 
 __all__ = [
+    "COLLECTIVE_MARGIN_SECONDS",
     "PIECE_TOKENS",
     "Mesh",
     "ParallelConfig",
     "PeerError",
+    "TokenGroup",
     "any_process",
     "build_mesh",
     "compile_blocks",
     "compute_dtype",
     "drop_gathered",
     "gather_json",
+    "gather_rows",
     "global_norm",
     "is_compiled",
     "local_part",
     "local_parts",
     "materialize",
+    "may_be_restarted",
     "mean_over_processes",
     "parallelize",
     "read_full",

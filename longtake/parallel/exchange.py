@@ -32,6 +32,10 @@ class TokenGroup:
         """What each process holds of so many rows, fillers included."""
         return -(-length // self.size)
 
+    def own_rows(self, x: Tensor) -> Tensor:
+        """This process's share of the rows of a tensor that all have, filled up with zeros."""
+        return own_part(x, self, 0)
+
 
 def own_part(x: Tensor, group: TokenGroup, dim: int) -> Tensor:
     """This process's rows of a tensor that all processes of the group have; contiguous.
@@ -59,6 +63,13 @@ def gather_parts(x: Tensor, group: TokenGroup, dim: int, length: int) -> Tensor:
     """
     gathered: Tensor = _Gather.apply(x, group.name, group.size, group.rank, dim, length)
     return gathered
+
+
+@torch.no_grad()
+def gather_rows(x: Tensor, group: TokenGroup, *, length: int) -> Tensor:
+    """All rows from the share that each process has (`TokenGroup.own_rows`); without gradient."""
+    parts = _ops.all_gather_into_tensor(x.contiguous(), group.size, group.name)
+    return _ops.wait_tensor(parts)[:length]
 
 
 def exchange(

@@ -20,6 +20,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longtake.parallel.activation_checkpointing import BY_BLOCK, CheckpointingPolicy
 from longtake.parallel.exchange import TokenGroup
+from longtake.parallel.meeting import meet
+
+COLLECTIVE_MARGIN_SECONDS = 60
+"""How much longer collectives wait than the run may stand still: what watches the whole run
+(`training/watchdog.py`) says more, and is to speak first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +60,16 @@ class ParallelConfig:
     offload: bool = False
     """Keep the inputs of blocks in host memory from forward to backward; for checkpointing full or
     nested."""
-    timeout_seconds: int = 300
-    """How long a collective may wait before the run is given up as hung."""
+    timeout_seconds: int = 600
+    """How long anything may take (a forward with its backward, a save, the wait for a batch or for
+    another process) before the run is given up as hung."""
 
     def __post_init__(self) -> None:
+        if self.timeout_seconds < 1:
+            raise ValueError(
+                f"parallel.timeout_seconds={self.timeout_seconds} must be at least 1: it is how "
+                "long nothing may move before the run is given up as hung"
+            )
         if self.offload and self.checkpointing not in BY_BLOCK:
             raise ValueError(
                 f"parallel.offload takes what checkpointed blocks keep to host memory, but "
@@ -85,6 +96,7 @@ class Mesh:
     """Of the weights: axes dp_replicate, dp_shard_sp. The processes that share tokens are further
     shards; with zero 0, further replicas."""
     token_group: TokenGroup | None  # None without sequence parallelism
+    timeout_seconds: int
 
     @property
     def dp_size(self) -> int:
@@ -110,6 +122,11 @@ class Mesh:
         is_replicated = self.device_mesh.size(0) > 1
         return self.device_mesh if is_replicated else self.device_mesh["dp_shard_sp"]
 
+    def new_token_group(self) -> TokenGroup | None:
+        """The same processes as the token group's, in a process group of its own (see
+        `with_own_groups`); all processes must call it together."""
+        return _token_group(self.sp, self.rank, self.timeout_seconds)
+
     def with_own_groups(self) -> Mesh:
         """The same grid over process groups of its own; all processes must call it together.
 
@@ -133,12 +150,13 @@ class Mesh:
 
 
 def start_distributed(
-    device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_seconds: int = 300
+    device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_seconds: int = 600
 ) -> torch.device:
     """Joins the processes that torchrun started, or makes a group of one, and returns this one's
     device.
 
-    CPU tensors travel over gloo and CUDA tensors over NCCL. `kill -USR2 <pid>` prints where each
+    CPU tensors travel over gloo and CUDA tensors over NCCL; a collective fails that waits
+    `COLLECTIVE_MARGIN_SECONDS` longer than `timeout_seconds`. `kill -USR2 <pid>` prints where each
     thread of a process is.
 
     Raises: ValueError for `device="cuda"` where there is none.
@@ -164,14 +182,30 @@ def start_distributed(
         return own
 
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
+    timeout = timedelta(seconds=timeout_seconds + COLLECTIVE_MARGIN_SECONDS)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, init_method="env://", timeout=timeout)
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        # The first process holds the store itself where no torchrun does.
+        is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = meet(rank, world_size, timeout) if is_kept else None
+        dist.init_process_group(
+            backend,
+            init_method=None if is_kept else "env://",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
     else:
         # An in-memory store: nothing to bind, so that any number of runs share a machine.
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     return own
+
+
+def may_be_restarted() -> bool:
+    """Whether torchrun runs the same command again if a process fails."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 def stop_distributed() -> None:
@@ -203,14 +237,16 @@ def build_mesh(config: ParallelConfig, device: torch.device | None = None) -> Me
         world_size=world_size,
         device=device,
         device_mesh=device_mesh,
-        token_group=_token_group(config.sp, rank, timedelta(seconds=config.timeout_seconds)),
+        token_group=_token_group(config.sp, rank, config.timeout_seconds),
+        timeout_seconds=config.timeout_seconds,
     )
 
 
-def _token_group(sp: int, rank: int, timeout: timedelta) -> TokenGroup | None:
+def _token_group(sp: int, rank: int, timeout_seconds: int) -> TokenGroup | None:
     """Neighbours, on one machine as far as it goes: they exchange tokens in every block."""
     if sp == 1:
         return None
+    timeout = timedelta(seconds=timeout_seconds + COLLECTIVE_MARGIN_SECONDS)
     group, _ = dist.new_subgroups(sp, timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
     return TokenGroup(name=group.group_name, size=sp, rank=rank % sp)

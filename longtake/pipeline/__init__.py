@@ -11,6 +11,7 @@ from longtake.pipeline.encoders import (
 from longtake.pipeline.generate import Request, generate, to_uint8
 from longtake.pipeline.inputs import Inputs, encode_batch
 from longtake.pipeline.loss import training_loss
+from longtake.pipeline.shared import SharedEncoding, share_encoding
 from longtake.pipeline.step import StepResult, Trainee, training_step
 from longtake.pipeline.validate import validation_loss
 
@@ -18,6 +19,7 @@ __all__ = [
     "EncodedStep",
     "Inputs",
     "Request",
+    "SharedEncoding",
     "StepResult",
     "Trainee",
     "build_encoders",
@@ -27,6 +29,7 @@ __all__ = [
     "in_turn",
     "ready_text_encoder",
     "ready_video_encoder",
+    "share_encoding",
     "text_placement",
     "to_uint8",
     "training_loss",

@@ -14,11 +14,14 @@ from torch.profiler import record_function
 
 from longtake.data import Batch
 from longtake.encoders import PromptEmbeds, TextEncoder, VideoEncoder
+from longtake.pipeline.shared import SharedEncoding
 from longtake.randomness import SampleKeys, Stream, normal
 from longtake.store import EncodedBatch
 
 # This part of a step, as a profile shows it.
 ENCODE = "longtake.encode"
+
+_ALONE = SharedEncoding()
 
 
 @dataclass(frozen=True)
@@ -42,30 +45,32 @@ def encode_batch(
     seed: int,
     device: torch.device,
     with_sizes: bool = False,
+    shared: SharedEncoding = _ALONE,
 ) -> Inputs:
     """Encode pixels and captions; the posterior noise belongs to the sample, like every other draw.
 
     Of a batch that was encoded before, only the draw and the scaling are left to do, and what a
     store lacks. Without text the condition is the batch's labels. `with_sizes` adds what a model
-    with micro-conditioning wants.
+    with micro-conditioning wants. `shared` is how a group of processes shares the encoding of one
+    batch, which all of them then encode together.
     """
     captions = batch.captions
     batch = batch.to(device)
     keys = batch.keys(seed)
     is_encoded = isinstance(batch, EncodedBatch)
-    encode = video_encoder.encode
+    encode = shared.video(video_encoder)
     stats = batch.stats(encode) if is_encoded else encode(batch.pixels_BCTHW)
     noise_BCTHW = None
     if stats.logvar_BCTHW is not None:
         noise_BCTHW = normal(keys, Stream.POSTERIOR, tuple(stats.mean_BCTHW.shape[1:]))
     if is_encoded and batch.embeds_BLK is not None:
-        encode_text = None if text_encoder is None else text_encoder.encode
+        encode_text = None if text_encoder is None else shared.text(text_encoder)
         condition = _prompt_condition(batch.prompt(encode_text))
     elif text_encoder is None:
         condition = {"labels_B": batch.labels_B}
     else:
         assert not isinstance(batch, EncodedBatch), "a store without text is read without encoder"
-        condition = text_condition(text_encoder, captions)
+        condition = _prompt_condition(shared.text(text_encoder)(captions))
     height, width = batch.pixel_size
     if with_sizes:
         condition |= size_condition(len(captions), height, width, device)

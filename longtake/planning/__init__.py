@@ -2,7 +2,11 @@
 disks. Plain numbers only."""
 
 from longtake.planning.break_even import break_even_steps
-from longtake.planning.communication import exchanged_bytes
+from longtake.planning.communication import (
+    ShardingTraffic,
+    exchanged_bytes,
+    sharding_traffic,
+)
 from longtake.planning.disk import (
     FORMS,
     DiskPlan,
@@ -15,6 +19,7 @@ from longtake.planning.disk import (
 from longtake.planning.floor import Ceilings, attention_rate, floor_seconds
 from longtake.planning.flops import forward_macs, model_flops_utilization, training_flops
 from longtake.planning.hardware import peak_bf16_flops
+from longtake.planning.layout import Layout, LayoutWork, Links, best_layout, layouts
 from longtake.planning.memory import PeakMemory, peak_memory
 from longtake.planning.sizes import parse_size, size_text
 from longtake.planning.tokens import TokenGrid, count_tokens, latent_size, token_grid
@@ -24,22 +29,29 @@ __all__ = [
     "Ceilings",
     "DiskPlan",
     "LatentForm",
+    "Layout",
+    "LayoutWork",
+    "Links",
     "PeakMemory",
+    "ShardingTraffic",
     "TokenGrid",
     "alternatives",
     "assumptions",
     "attention_rate",
+    "best_layout",
     "break_even_steps",
     "count_tokens",
     "exchanged_bytes",
     "floor_seconds",
     "forward_macs",
     "latent_size",
+    "layouts",
     "mean_tokens",
     "model_flops_utilization",
     "parse_size",
     "peak_bf16_flops",
     "peak_memory",
+    "sharding_traffic",
     "size_text",
     "text_of_shape",
     "token_grid",

@@ -1,11 +1,56 @@
-"""What sequence parallelism sends between processes, by formula.
+"""What processes send one another in a step, by formula: weights and gradients of sharding, tokens
+of sequence parallelism.
 
 Letters as in the models: D hidden size, T patches in time, S patches per frame, N = T · S tokens.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from longtake.planning.tokens import TokenGrid
+
+
+@dataclass(frozen=True)
+class ShardingTraffic:
+    """Bytes that leave a process in one optimizer step, whichever way a collective takes them."""
+
+    gathered: float
+    """Weights, all-gathered within a group that shares one copy."""
+    scattered: float
+    """Gradients, reduce-scattered within the group."""
+    reduced: float
+    """Shards of gradients, all-reduced between groups (HSDP)."""
+
+    @property
+    def total(self) -> float:
+        return self.gathered + self.scattered + self.reduced
+
+
+def sharding_traffic(
+    parameters: int,
+    *,
+    shards: int,
+    replicas: int = 1,
+    gathers: int = 2,
+    weight_bytes: int = 2,
+    gradient_bytes: int = 4,
+) -> ShardingTraffic:
+    """What FSDP sends, with P parameters over `shards` processes in each of `replicas` groups.
+
+        all-gather      gathers · P · weight_bytes · (shards - 1) / shards
+        reduce-scatter  P · gradient_bytes · (shards - 1) / shards
+        all-reduce      2 · P / shards · gradient_bytes · (replicas - 1) / replicas
+
+    `gathers` is 2 for each micro-batch of a step, one for the forward and one for the backward, or
+    1 where weights stay gathered in between.
+    """
+    away = (shards - 1) / shards
+    return ShardingTraffic(
+        gathered=gathers * parameters * weight_bytes * away,
+        scattered=parameters * gradient_bytes * away,
+        reduced=2 * parameters / shards * gradient_bytes * (replicas - 1) / replicas,
+    )
 
 
 def exchanged_bytes(

@@ -1,10 +1,12 @@
 """Plan: arithmetic about a run, or its data, before anything is run.
 
 longtake plan disk --clips 1000000 --clip 16x256x256 [--caption-tokens 40] [--json FILE]
+longtake plan layout --gpus 64 --preset NAME [overrides as in train]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -14,30 +16,40 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from longtake.benchmark.inputs import latent_shape
+from longtake.config import parse_run, work_of_latents
 from longtake.data import Manifest, read_manifest
 from longtake.encoders.hashed_words import split_words
+from longtake.models import build_model_from_config
 from longtake.planning import (
     FORMS,
     DiskPlan,
     LatentForm,
+    Layout,
+    LayoutWork,
+    Links,
     alternatives,
     assumptions,
+    best_layout,
     latent_size,
+    layouts,
     mean_tokens,
     size_text,
     text_of_shape,
+    token_grid,
 )
 
 
 def main(arguments: Sequence[str]) -> int:
     """`longtake plan`."""
-    programs: dict[str, Callable[[list[str]], int]] = {"disk": _disk}
+    programs: dict[str, Callable[[list[str]], int]] = {"disk": _disk, "layout": _layout}
     rest = list(arguments)
     if not rest or rest[0] in ("-h", "--help"):
         print((__doc__ or "").strip())
@@ -229,3 +241,126 @@ def _show(plan: DiskPlan, true_tokens: float | None, is_estimate: bool) -> None:
     )
     for line in assumptions(plan, true_tokens):
         console.print(escape(f"- {line}"))
+
+
+_LAYOUT = """\
+Which grid of processes a run should use on so many GPUs, by formula: --preset NAME or --config
+FILE, dotted overrides as in train; the batch size is that of the first bucket. Nothing is measured:
+bandwidths and the rate are what you say.
+
+  --gpus N               all of them
+  --gpus-per-machine N   default 8
+  --machine-gb-s X       what a GPU sends to others of its machine, GB/s a direction; default 200
+  --network-gb-s X       what each GPU sends to other machines, all at once; default 40
+  --latency-us X         of one round of a collective; default 5
+  --tflops X             of the model a GPU computes without communication; default 450
+  --memory-tb-s X        of a GPU's memory, for the optimizer; default 4
+  --memory-gib X         of a GPU, for the model's state and activations; default 70
+  --micro-batch N        samples at once of each group of processes that share tokens; default 1
+  --all                  every layout, not the best ten
+"""
+
+
+def _layout(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="longtake plan layout", add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--gpus", type=int, required="--help" not in arguments)
+    parser.add_argument("--micro-batch", type=int, default=1)
+    parser.add_argument("--gpus-per-machine", type=int, default=8)
+    for name, default in (("machine-gb-s", 200), ("network-gb-s", 40), ("latency-us", 5)):
+        parser.add_argument(f"--{name}", type=float, default=default)
+    parser.add_argument("--tflops", type=float, default=450)
+    parser.add_argument("--memory-tb-s", type=float, default=4)
+    parser.add_argument("--memory-gib", type=float, default=70)
+    parser.add_argument("--all", action="store_true")
+    chosen, rest = parser.parse_known_args(arguments)
+    config = parse_run(rest, prog="longtake plan layout", description=_LAYOUT)
+    positive = ("gpus", "gpus_per_machine", "micro_batch", "machine_gb_s", "network_gb_s", "tflops")
+    positive += ("memory_tb_s",)
+    for name in positive:
+        if not getattr(chosen, name) > 0:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {getattr(chosen, name):g} must be above 0")
+    bucket = config.data.buckets[0]
+    latents = latent_shape(config, bucket)[1:]
+    with torch.device("meta"):
+        model = build_model_from_config(config.model)
+    depth, hidden_size, _ = config.model.dimensions
+    work = LayoutWork(
+        model=config.model.name,
+        parameters=sum(param.numel() for param in model.parameters()),
+        hidden_size=hidden_size,
+        depth=depth,
+        grid=token_grid(latents, patch=config.model.patch_size),
+        flops_per_sample=work_of_latents(config, latents, samples=1)["flops"],
+        micro_batch=chosen.micro_batch,
+        checkpointing=config.parallel.checkpointing,
+    )
+    links = Links(
+        machine_bytes=chosen.machine_gb_s * 1e9,
+        network_bytes=chosen.network_gb_s * 1e9,
+        latency_seconds=chosen.latency_us * 1e-6,
+        gpus_per_machine=chosen.gpus_per_machine,
+    )
+    found = [
+        one
+        for one in layouts(
+            chosen.gpus,
+            work,
+            links=links,
+            flops_per_second=chosen.tflops * 1e12,
+            memory_rate=chosen.memory_tb_s * 1e12,
+        )
+        if one.samples_at_once <= bucket.batch_size
+    ]
+    if not found:
+        raise ValueError(
+            f"a batch of {bucket.batch_size} cannot be shared out to {chosen.gpus} GPUs, of which "
+            f"at most {links.gpus_per_machine} share a sample, with --micro-batch "
+            f"{chosen.micro_batch}: raise --data.buckets.0.batch-size"
+        )
+    memory_bytes = chosen.memory_gib * 2**30
+    best = best_layout(found, memory_bytes=memory_bytes)
+    print(
+        f"{config.name}: {work.parameters / 1e6:,.0f}M parameters, {work.grid.total:,} tokens a "
+        f"sample of {bucket}, batches of {bucket.batch_size}, checkpointing {work.checkpointing}; "
+        f"{chosen.gpus} GPUs. Predicted by formula, milliseconds and GiB of one GPU in a "
+        "micro-batch with its update:"
+    )
+    _show_layouts(found, best, memory_bytes, number=len(found) if chosen.all else 10)
+    if best is None:
+        least = min(found, key=lambda one: one.memory_bytes)
+        raise ValueError(
+            f"no layout fits into --memory-gib {chosen.memory_gib:g}: the least is "
+            f"{least.memory_bytes / 2**30:.0f} GiB, with sp={least.sp}. Try "
+            "--parallel.checkpointing full, a smaller --micro-batch, or more GPUs"
+        )
+    print(
+        f"\n--parallel.dp-replicate {best.dp_replicate} --parallel.dp-shard {best.dp_shard} "
+        f"--parallel.sp {best.sp} --train.accumulation "
+        f"{max(1, bucket.batch_size // best.samples_at_once)}"
+    )
+    return 0
+
+
+def _show_layouts(
+    found: Sequence[Layout], best: Layout | None, memory_bytes: float, *, number: int
+) -> None:
+    """The layouts, those first whose GPUs train most; what does not fit into memory last."""
+    headings = ("replicate", "shard", "sp", "memory", "compute", "weights, gradients", "replicas")
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in (*headings, "exchanges", "update", "on top", "of compute"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    order = sorted(found, key=lambda one: (one.memory_bytes > memory_bytes, one.seconds_per_sample))
+    for one in order[:number]:
+        seconds = (one.compute_seconds, one.shard_seconds, one.replica_seconds)
+        seconds += (one.exchange_seconds, one.update_seconds, one.exposed_seconds)
+        cells = [str(one.dp_replicate), str(one.dp_shard), str(one.sp)]
+        cells.append(f"{one.memory_bytes / 2**30:.1f}")
+        cells += [f"{1000 * value:.1f}" for value in seconds]
+        cells.append(f"{one.exposed_seconds / one.compute_seconds:.1%}")
+        cells.append("does not fit" if one.memory_bytes > memory_bytes else "")
+        table.add_row(*cells, style="bold" if one is best else None)
+    Console(soft_wrap=True, highlight=False, width=150).print(table)

@@ -52,6 +52,7 @@ from longtake.parallel import (
     Mesh,
     build_mesh,
     materialize,
+    may_be_restarted,
     mean_over_processes,
     parallelize,
     start_distributed,
@@ -67,6 +68,7 @@ from longtake.pipeline import (
     generate,
     ready_text_encoder,
     ready_video_encoder,
+    share_encoding,
     text_placement,
     to_uint8,
     training_step,
@@ -93,6 +95,7 @@ from longtake.training import (
     RunFolder,
     SkippedUpdates,
     StopRequest,
+    Watchdog,
     build_optimizer,
     hold_run_folder,
     learning_rate,
@@ -118,6 +121,8 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
     with ExitStack() as at_exit:
         stop = StopRequest()
         device = start_distributed(timeout_seconds=config.parallel.timeout_seconds)
+        # Entered first, left last: whatever the end of a run waits for is watched as well.
+        watchdog = at_exit.enter_context(Watchdog(config.parallel.timeout_seconds))
         at_exit.callback(stop_distributed)
         mesh = build_mesh(config.parallel, device)
         show_log(is_first=mesh.is_first)
@@ -172,6 +177,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         record["encoders"] |= {
             "ahead": config.train.encode_ahead,
             "text_placement": text_placement(config.text_encoder, text_encoder, mesh),
+            "shared_by": mesh.sp,
         }
         documents = {"config.yaml": dump_yaml(config), "run.json": json.dumps(record, indent=2)}
         checkpointer = Checkpointer(
@@ -202,7 +208,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         bar = ProgressBar(config.train.steps, done=step, is_shown=mesh.is_first)
         at_exit.enter_context(bar.shown())
 
-        encode = partial(
+        encode_alone = partial(
             encode_batch,
             video_encoder=video_encoder,
             text_encoder=text_encoder,
@@ -210,12 +216,14 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
             device=device,
             with_sizes=config.model.micro_conditioning,
         )
+        encode = partial(encode_alone, shared=share_encoding(mesh))
+        watchdog.watch(model)
         validate = _validator(config, model, objective, ema, held_out, encode, metrics, bad_samples)
         sample = _sampler(config, mesh, model, objective, ema, folder, video_encoder, text_encoder)
         work = [work_of_step(config, video_encoder, bucket) for bucket in config.data.buckets]
         if step == 0:
             if mesh.is_first:
-                _show_real_clips(config, source, encode, video_encoder, folder)
+                _show_real_clips(config, source, encode_alone, video_encoder, folder)
             validate(step)
         _release(video_encoder, text_encoder)
 
@@ -240,6 +248,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
             skipped.add(result.applied)
 
             step = encoded.place.step
+            watchdog.progressed(f"the end of step {step}")
             meter.add(**work[encoded.bucket])
             bar.advance()
             is_last = step == config.train.steps
@@ -294,6 +303,11 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
 def _open_folder(config: RunConfig, mesh: Mesh, at_exit: ExitStack, *, fresh: bool) -> RunFolder:
     """The run's folder, held for this run; an existing run there must be the same one."""
     folder = RunFolder(Path(config.output) / config.name)
+    if fresh and may_be_restarted():
+        raise ValueError(
+            "--fresh does not go with torchrun --max-restarts: every restart would set the run "
+            "aside and begin again. Move the old folder away, or choose another --name"
+        )
     if fresh and folder.path.exists():
         with hold_run_folder(folder.path):  # not the folder of a run that is still going on
             if mesh.is_first:

@@ -1,5 +1,6 @@
 """What the training loop needs: optimizer, schedule, EMA, checkpoints, metrics, throughput,
-stopping."""
+stopping, and
+the watch over a run that may hang."""
 
 from longtake.training.bad_samples import BadSampleLog
 from longtake.training.checkpoint import (
@@ -23,6 +24,7 @@ from longtake.training.schedule import ScheduleConfig, learning_rate
 from longtake.training.stop import STOPPED_EXIT_CODE, StopRequest
 from longtake.training.throughput import Throughput, ThroughputMeter, speed_metrics
 from longtake.training.update import update_weights
+from longtake.training.watchdog import Watchdog
 
 __all__ = [
     "STOPPED_EXIT_CODE",
@@ -44,6 +46,7 @@ __all__ = [
     "StopRequest",
     "Throughput",
     "ThroughputMeter",
+    "Watchdog",
     "build_optimizer",
     "clock",
     "environment",

@@ -6,7 +6,7 @@ from longtake.benchmark.jobs import Finished
 from longtake.benchmark.plot import plot_table
 from longtake.benchmark.records import Outcome, Protocol, load_report, save_report, timing
 from longtake.benchmark.render import markdown, show
-from longtake.benchmark.table import measure_table, same_settings, select
+from longtake.benchmark.table import measure_table, same_settings, select, sent_bytes
 from longtake.config import to_plain
 from longtake.ops.kernels import PLAIN
 from tests.benchmark.conftest import machine, measurement, row
@@ -191,3 +191,61 @@ def test_plot_shows_rows_that_were_measured(tmp_path):
     plot_table(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     plot_table(replace(report, rows=()), tmp_path / "empty.png")
+
+
+TWO = [row(f"stdit-64x512{end}") for end in ("", "-dp2", "-sp2")] + [row("stdit-16x256-dp2")]
+
+
+def _on_gpus(device, count, rows=TWO):
+    own = machine()
+    own = replace(own, environment=own.environment | {"gpus": count})
+    said = []
+    report = measure_table(
+        "video", rows, machine=own, protocol=Protocol(), run_job=device, say=said.append
+    )
+    return {one.key: one for one in report.rows}, said, report
+
+
+def test_rows_for_two_gpus_say_why_they_were_skipped():
+    found, said, report = _on_gpus(_Device(), 1)
+    assert found["stdit-64x512-sp2"].fast.failure == "needs 2 GPUs, this machine has 1"
+    assert "  skipped: needs 2 GPUs, this machine has 1" in said
+    assert "STDiT-XL/2 64x512, sp=2 | not measured: needs 2 GPUs, this" in markdown(report)
+    # With two, but without the row that a micro-batch could be taken from.
+    found, _, _ = _on_gpus(_Device(), 2)
+    assert "measure that with it" in found["stdit-16x256-dp2"].fast.failure
+
+
+def test_two_gpus_are_rated_against_one_and_shared_tokens_against_shared_samples():
+    rates = {1: 1.6, 2: 1.5}
+
+    def device(job):
+        finished = _Device()(job)
+        sp = job.config.parallel.sp
+        rate = 1.35 if sp == 2 else rates[job.num_processes]
+        found = replace(
+            finished.outcome.measurement,
+            num_devices=job.num_processes,
+            sp=sp,
+            samples_per_second=rate,
+            latents=(4, 64, 64, 64),
+        )
+        return Finished(replace(finished.outcome, measurement=found))
+
+    rows = [row("stdit-16x256"), *TWO]
+    found, _, report = _on_gpus(device, 2, rows)
+    assert found["stdit-64x512-dp2"].times_baseline == pytest.approx(1.5 / 1.6)
+    shared = found["stdit-64x512-sp2"]
+    assert shared.times_baseline == pytest.approx(1.35 / 1.5)
+    assert shared.fast.measurement.micro_batch == 1
+    assert found["stdit-16x256-dp2"].fast.measurement.micro_batch == 8  # the search's
+    assert found["stdit-16x256-dp2"].plain is None
+    assert shared.floor_samples_per_second is None
+
+    exchanged, sharded = sent_bytes(shared.fast.measurement, shared.fast.config)
+    # Two exchanges a block, forward and backward; half of 32 x 1024 tokens leaves a GPU each time.
+    assert exchanged == 2 * 2 * 28 * (32 * 1024 * 1152 * 2) / 2
+    assert sharded == (2 * 2 + 4) * 759_620_768 / 2
+    text = markdown(report)
+    assert "dp=1, sp=2 | 2.7 | 1.35 | stdit-64x512-dp2 | 0.9 | 10.0% | 4.23 GB | 3.04 GB" in text
+    assert "dp=2, sp=1 | 3 | 1.5 | stdit-64x512 | 0.938 | 6.2% | 0 GB | 3.04 GB" in text

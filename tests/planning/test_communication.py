@@ -1,6 +1,6 @@
 import pytest
 
-from longtake.planning import TokenGrid, exchanged_bytes
+from longtake.planning import TokenGrid, exchanged_bytes, sharding_traffic
 
 # 64 frames of 512 x 512: 64 x 1024 tokens of 1152 values in bf16.
 GRID = TokenGrid(64, 1024)
@@ -33,3 +33,17 @@ def test_one_process_sends_nothing():
 def test_unknown_models_are_named():
     with pytest.raises(ValueError, match="model=unet has no formula for sequence parallelism"):
         _bytes("unet", GRID, 2)
+
+
+def test_sharding_sends_weights_twice_and_gradients_once():
+    sent = sharding_traffic(1000, shards=4)
+    assert (sent.gathered, sent.scattered, sent.reduced) == (2 * 2000 * 3 / 4, 4000 * 3 / 4, 0)
+    assert sent.total == 6000
+    assert sharding_traffic(1000, shards=1).total == 0
+
+
+def test_replicas_reduce_the_shards_of_gradients():
+    # A ring passes every value on twice, less the share that each process has already.
+    assert sharding_traffic(1000, shards=1, replicas=2).reduced == 4000
+    assert sharding_traffic(1000, shards=8, replicas=4).reduced == 2 * 500 * 3 / 4
+    assert sharding_traffic(1000, shards=8, replicas=4).gathered == 2 * 2000 * 7 / 8

@@ -1,6 +1,8 @@
 """`longtake bench` from the command line, on a model that a CPU steps in milliseconds."""
 
 import json
+import sys
+from unittest import mock
 
 import pytest
 
@@ -113,6 +115,35 @@ def test_table_is_measured_in_processes_of_its_own_and_resumed(tmp_path, monkeyp
     assert "taken over" in capsys.readouterr().out
     (again,) = load_report(output / "table.json", TableReport).rows
     assert (again.fast, again.plain) == (row.fast, row.plain)
+
+
+@pytest.mark.slow
+def test_rows_of_two_processes_are_measured_by_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    output = tmp_path / "report"
+    arguments = ("--size", "tiny", "--rows", "stdit-64x512-?p2", *QUICK, "--output", output)
+    assert bench.main(["table", "video", *map(str, arguments)]) == 0
+    shared_samples, shared_tokens = load_report(output / "table.json", TableReport).rows
+    for row, sp in ((shared_samples, 1), (shared_tokens, 2)):
+        measured = row.fast.measurement
+        assert measured is not None, row.fast.failure
+        assert (measured.num_devices, measured.sp, measured.micro_batch) == (2, sp, 2)
+    assert shared_tokens.times_baseline is not None
+    assert "Several GPUs" in capsys.readouterr().out
+
+
+def test_one_process_of_several_that_fails_takes_the_others_along():
+    from longtake.benchmark.jobs import _run
+
+    program = (
+        "import os, sys, time\n"
+        "time.sleep(0 if os.environ['RANK'] == '1' else 60)\n"
+        "print('no memory'); sys.exit(3)"
+    )
+    said = []
+    with mock.patch("longtake.benchmark.jobs._GRACE_SECONDS", 0.5):
+        status, last = _run([sys.executable, "-c", program], said.append, 50, num_processes=2)
+    assert (status, last) == (3, "no memory")
 
 
 def test_a_row_whose_process_dies_says_why(tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from longtake import cli
+from longtake.config.command_line import parse_train
 from tests.programs.runs import tiny_config, write_manifest
 from tests.programs.stores import encode_here, files_of, make_many_clips
 
@@ -88,3 +89,34 @@ def test_other_plans_do_not_exist(capsys):
     assert "plan party does not exist: use disk" in capsys.readouterr().err
     assert cli.main(["plan"]) == 0
     assert "longtake plan disk" in capsys.readouterr().out
+
+
+def _plan_layout(capsys, *arguments):
+    status = cli.main(["plan", "layout", "--preset", "stdit-xl2-64x512", *map(str, arguments)])
+    return status, capsys.readouterr()
+
+
+def test_a_layout_is_recommended_in_words_that_train_takes(capsys):
+    status, said = _plan_layout(capsys, "--gpus", 16)
+    assert status == 0
+    assert "760M parameters, 65,536 tokens a sample of 64x512x512, batches of 16" in said.out
+    options = said.out.strip().splitlines()[-1].split()
+    config = parse_train(["--preset", "stdit-xl2-64x512", *options]).config
+    assert config.parallel.dp_replicate * config.parallel.dp_shard * config.parallel.sp == 16
+    # More GPUs than samples: only sharing tokens gives all of them work.
+    _, said = _plan_layout(capsys, "--gpus", 64)
+    assert said.out.strip().splitlines()[-1].endswith("--parallel.sp 4 --train.accumulation 1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpus", 1024), "a batch of 16 cannot be shared out to 1024 GPUs, of which at most 8"),
+        (("--gpus", 8, "--memory-gib", 2), "no layout fits into --memory-gib 2: the least is"),
+        (("--gpus", 8, "--tflops", 0), "--tflops 0 must be above 0"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_explained(capsys, arguments, message):
+    status, said = _plan_layout(capsys, *arguments)
+    assert status == 2
+    assert message in said.err

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from tests.processes import run_in_processes
 from tests.programs.runs import (
     _run,
     labelled,
+    longtake,
     longtake_in,
     run_folder,
     save_config,
@@ -230,3 +232,16 @@ def test_value_error_inside_a_library_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(cli, "_program", lambda name: lambda arguments: json.loads("{"))
     with pytest.raises(json.JSONDecodeError):
         cli.main(["train"])
+
+
+def _promise_restarts():
+    os.environ["TORCHELASTIC_MAX_RESTARTS"] = "3"
+
+
+def test_fresh_is_refused_where_every_restart_would_begin_anew(tmp_path, manifest):
+    config = tiny_config(tmp_path, manifest)
+    command = ["train", "--config", save_config(config), "--fresh"]
+    refused = longtake(*command, before=_promise_restarts)
+    assert refused.status == 2
+    assert "--fresh does not go with torchrun --max-restarts" in refused.err
+    assert not run_folder(config).exists()

@@ -1,0 +1,173 @@
+"""Which grid of processes sends least: every layout of so many GPUs, by formula.
+
+Times are those of the formulas alone: bytes over bandwidth and rounds times latency. Bandwidths,
+latency and the rate of arithmetic are inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from longtake.planning.communication import exchanged_bytes, sharding_traffic
+from longtake.planning.tokens import TokenGrid
+
+# Of a parameter in fp32: weight, two moments, average, gradient.
+STATE_BYTES = 20
+# Moved by the optimizer for a parameter, as the floor of a step counts it.
+_UPDATE_BYTES = 36
+# What collectives that compute hides cost it: they run on some of its multiprocessors. Assumed.
+_COST_OF_HIDING = 0.1
+# By count, what a block keeps for the backward in bf16 tensors of its tokens. A policy that is not
+# here computes whole blocks again, and is counted as "full".
+_KEPT_TENSORS = {"none": 27, "selective": 21, "full": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """What a GPU sends through, per direction, as collectives of large messages reach it."""
+
+    machine_bytes: float = 200e9
+    """Bytes per second to another GPU of the same machine."""
+    network_bytes: float = 40e9
+    """Bytes per second to another machine, for every GPU at once."""
+    latency_seconds: float = 5e-6
+    """Of one round of a collective."""
+    gpus_per_machine: int = 8
+
+    def over(self, size: int, *, stride: int = 1) -> float:
+        """Bytes per second of a collective over so many GPUs, every `stride`th in rank.
+
+        A ring over whole machines leaves each through all of its network cards. With strides, as
+        many rings share these as there are GPUs between two of one ring.
+        """
+        if size * stride <= self.gpus_per_machine:
+            return self.machine_bytes
+        cards = max(1, self.gpus_per_machine // stride)
+        return min(self.machine_bytes, self.network_bytes * cards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutWork:
+    """What is trained: the model, a sample's tokens, and the samples of a micro-batch."""
+
+    model: str
+    parameters: int
+    hidden_size: int
+    depth: int
+    grid: TokenGrid
+    flops_per_sample: float
+    micro_batch: int = 1
+    """Samples of one step for each group of processes that share tokens."""
+    checkpointing: str = "selective"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One grid of processes and what a step on it takes; bytes and seconds of one GPU."""
+
+    dp_replicate: int
+    dp_shard: int
+    sp: int
+    micro_batch: int
+    state_bytes: float
+    activation_bytes: float
+    compute_seconds: float
+    shard_seconds: float
+    """All-gathers of weights and reduce-scatters of gradients."""
+    replica_seconds: float
+    """All-reduces of gradients between replicas."""
+    exchange_seconds: float
+    """All-to-alls of tokens."""
+    update_seconds: float
+    """The optimizer's pass over the parameters that this GPU holds."""
+
+    @property
+    def samples_at_once(self) -> int:
+        """Of all groups."""
+        return self.dp_replicate * self.dp_shard * self.micro_batch
+
+    @property
+    def memory_bytes(self) -> float:
+        return self.state_bytes + self.activation_bytes
+
+    @property
+    def exposed_seconds(self) -> float:
+        """What comes on top of compute: exchanges, the update, of weights and gradients what takes
+        longer than compute, and a tenth of what it hides."""
+        sent = self.shard_seconds + self.replica_seconds
+        hidden = min(sent, self.compute_seconds)
+        on_top = self.exchange_seconds + self.update_seconds
+        return on_top + sent - hidden + _COST_OF_HIDING * hidden
+
+    @property
+    def seconds_per_sample(self) -> float:
+        """GPU-seconds that a sample takes."""
+        return (self.compute_seconds + self.exposed_seconds) * self.sp / self.micro_batch
+
+
+def layouts(
+    gpus: int, work: LayoutWork, *, links: Links, flops_per_second: float, memory_rate: float
+) -> list[Layout]:
+    """Every layout of so many GPUs, token groups within a machine. `memory_rate` is the bytes that
+    a GPU moves in its memory a second."""
+    found = []
+    for sp in _divisors(min(gpus, links.gpus_per_machine)):
+        if gpus % sp:
+            continue
+        for shards in _divisors(gpus // sp):
+            replicas = gpus // sp // shards
+            found.append(_layout(replicas, shards, sp, work, links, flops_per_second, memory_rate))
+    return found
+
+
+def best_layout(found: list[Layout], *, memory_bytes: float) -> Layout | None:
+    """Of those that fit, the one whose GPUs train most samples; None if none fits."""
+    fitting = (one for one in found if one.memory_bytes <= memory_bytes)
+    return min(fitting, key=lambda one: one.seconds_per_sample, default=None)
+
+
+def _layout(
+    replicas: int,
+    dp_shard: int,
+    sp: int,
+    work: LayoutWork,
+    links: Links,
+    flops_per_second: float,
+    memory_rate: float,
+) -> Layout:
+    shards = dp_shard * sp
+    sent = sharding_traffic(work.parameters, shards=shards, replicas=replicas)
+    units = work.depth + 1
+    inside = links.over(shards)
+    # A ring of n passes on n - 1 times; twice gathered and once reduced, unit by unit.
+    rounds = 3 * units * (shards - 1)
+    between = links.over(replicas, stride=shards)
+    tree = units * 2 * math.ceil(math.log2(replicas)) if replicas > 1 else 0
+    exchanged = work.micro_batch * exchanged_bytes(
+        work.model, work.grid, hidden_size=work.hidden_size, depth=work.depth, sp=sp
+    )
+    is_twice = _KEPT_TENSORS.get(work.checkpointing, 1) == 1
+    passes = 3 if is_twice else 2
+    tokens = work.micro_batch * work.grid.total / sp
+    kept = _KEPT_TENSORS.get(work.checkpointing, 1) * work.depth
+    if is_twice:
+        kept += _KEPT_TENSORS["selective"]  # of the block that is being computed again
+    again = 4 / 3 if is_twice else 1
+    return Layout(
+        dp_replicate=replicas,
+        dp_shard=dp_shard,
+        sp=sp,
+        micro_batch=work.micro_batch,
+        state_bytes=STATE_BYTES * work.parameters / shards,
+        activation_bytes=2 * kept * tokens * work.hidden_size,
+        compute_seconds=again * work.micro_batch * work.flops_per_sample / sp / flops_per_second,
+        shard_seconds=(sent.gathered + sent.scattered) / inside + rounds * links.latency_seconds,
+        update_seconds=_UPDATE_BYTES * work.parameters / shards / memory_rate,
+        replica_seconds=sent.reduced / between + tree * links.latency_seconds,
+        exchange_seconds=passes * exchanged * (sp - 1) / sp / links.over(sp),
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

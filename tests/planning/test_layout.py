@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from longtake.planning import LayoutWork, Links, TokenGrid, best_layout, layouts
+
+# STDiT-XL/2 at 64x512 with every block recomputed.
+WORK = LayoutWork(
+    model="stdit",
+    parameters=760_000_000,
+    hidden_size=1152,
+    depth=28,
+    grid=TokenGrid(64, 1024),
+    flops_per_sample=290e12,
+    checkpointing="full",
+)
+LINKS = Links(machine_bytes=200e9, network_bytes=40e9, latency_seconds=0.0, gpus_per_machine=8)
+
+
+def _layouts(gpus, work=WORK, links=LINKS):
+    found = layouts(gpus, work, links=links, flops_per_second=400e12, memory_rate=4e12)
+    return {(one.dp_replicate, one.dp_shard, one.sp): one for one in found}
+
+
+def test_every_layout_fills_the_gpus_and_keeps_token_groups_in_a_machine():
+    for gpus in (1, 8, 12, 64):
+        found = _layouts(gpus)
+        assert all(replicas * shards * sp == gpus for replicas, shards, sp in found)
+        assert max(sp for *_, sp in found) == {1: 1, 8: 8, 12: 4, 64: 8}[gpus]
+    assert _layouts(1).keys() == {(1, 1, 1)}
+
+
+def test_times_are_bytes_over_bandwidth():
+    found = _layouts(16)
+    sharded = found[1, 8, 2]
+    # 8 bytes a parameter, but for the sixteenth that is there; a machine leaves by eight cards.
+    assert sharded.shard_seconds == pytest.approx(8 * 760e6 * 15 / 16 / 200e9)
+    assert sharded.replica_seconds == 0
+    exchanged = 3 * 56 * (32 * 1024 * 1152 * 2) / 2
+    assert sharded.exchange_seconds == pytest.approx(exchanged / 200e9)
+    assert sharded.compute_seconds == pytest.approx(4 / 3 * 290e12 / 2 / 400e12)
+    # Replicas two machines apart: each GPU has a card of its own for an eighth of the gradients.
+    hybrid = found[2, 8, 1]
+    assert hybrid.replica_seconds == pytest.approx(2 * 760e6 / 8 * 4 / 2 / 40e9)
+    alone = _layouts(1)[1, 1, 1]
+    assert alone.exposed_seconds == alone.update_seconds == 36 * 760e6 / 4e12
+    slow = replace(LINKS, network_bytes=4e9)
+    assert _layouts(16, links=slow)[1, 16, 1].shard_seconds == pytest.approx(
+        8 * 760e6 * 15 / 16 / 32e9
+    )
+
+
+def test_latency_is_what_long_rings_cost():
+    links = replace(LINKS, latency_seconds=5e-6)
+    found, without = _layouts(1024, links=links), _layouts(1024)
+    delay = found[1, 1024, 1].shard_seconds - without[1, 1024, 1].shard_seconds
+    assert delay == pytest.approx(3 * 29 * 1023 * 5e-6)
+    assert found[128, 8, 1].shard_seconds < 0.04 < found[1, 1024, 1].shard_seconds
+
+
+def test_sharding_within_a_machine_is_preferred_to_copies_that_all_update():
+    best = best_layout(list(_layouts(64).values()), memory_bytes=70 * 2**30)
+    assert best is not None
+    assert (best.sp, best.dp_shard > 1) == (1, True)
+
+
+def test_tokens_are_shared_only_where_memory_asks_for_it():
+    found = list(_layouts(8).values())
+    best = best_layout(found, memory_bytes=70 * 2**30)
+    assert best is not None
+    assert best.sp == 1
+    assert best.state_bytes <= 20 * WORK.parameters
+    least = min(found, key=lambda one: one.memory_bytes)
+    assert best_layout(found, memory_bytes=least.memory_bytes - 1) is None
+    # One clip of this length fits only if two share it.
+    long = replace(WORK, grid=TokenGrid(360, 1024))
+    found = list(_layouts(8, long).values())
+    limit = min(one.memory_bytes for one in found if one.sp == 1) - 1
+    best = best_layout(found, memory_bytes=limit)
+    assert best is not None
+    assert best.sp == 2
+    # A policy that is not known here is counted as the one that recomputes everything.
+    assert _layouts(8, replace(WORK, checkpointing="other")) == _layouts(8)
