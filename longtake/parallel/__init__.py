@@ -12,6 +12,7 @@ from longtake.parallel.compile import compile_blocks
 from longtake.parallel.mesh import (
     Mesh,
     ParallelConfig,
+    attention_degrees,
     build_mesh,
     compute_dtype,
     start_distributed,
@@ -36,6 +37,7 @@ __all__ = [
     "ParallelConfig",
     "PeerError",
     "any_process",
+    "attention_degrees",
     "build_mesh",
     "compile_blocks",
     "compute_dtype",

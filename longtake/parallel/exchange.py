@@ -8,6 +8,7 @@ that attention never meets a token that does not exist, and needs no mask.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class TokenGroup:
     """Of the process group, by which collectives find it."""
     size: int
     rank: int
+    timeout: timedelta
+    """How long its collectives may wait, and those of groups within it."""
 
     def share(self, length: int) -> int:
         """What each process holds of so many rows, fillers included."""

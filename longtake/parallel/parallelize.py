@@ -18,9 +18,7 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
 
     The model is best still on the meta device; then come `materialize` and the weights. The order
     matters: the exchanges of tokens are part of the compiled graph, recomputation calls it, and
-    weights are gathered outside of both.
-
-    Raises: ValueError if the model cannot be spread over so many processes.
+    weights are gathered outside of both. All processes of the run must call it together.
     """
     blocks = model.blocks
     assert isinstance(blocks, nn.ModuleList), "a model's blocks are its units of sharding"

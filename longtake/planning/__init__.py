@@ -2,7 +2,7 @@
 Plain numbers only."""
 
 from longtake.planning.break_even import break_even_steps
-from longtake.planning.communication import exchanged_bytes
+from longtake.planning.communication import exchanged_bytes, ring_bytes
 from longtake.planning.disk import (
     FORMS,
     DiskPlan,
@@ -37,6 +37,7 @@ __all__ = [
     "model_flops_utilization",
     "parse_size",
     "peak_bf16_flops",
+    "ring_bytes",
     "size_text",
     "text_of_shape",
     "token_grid",

@@ -37,7 +37,7 @@ from longtake.training import Ema, EmaConfig, OptimizerConfig, build_optimizer
 NAMES = ("dit", "pixart", "stdit", "stdit2", "latte")
 BATCH = 4
 CAPTION = 5
-SIZES = {"hidden_size": 32, "depth": 2, "num_heads": 4, "caption_channels": 8, "num_classes": 3}
+SIZES = {"hidden_size": 32, "depth": 2, "caption_channels": 8, "num_classes": 3}
 
 EVEN = (4, 4, 8)
 """Latent frames, rows and columns: 4 patches in time, 8 in space."""
@@ -61,6 +61,7 @@ class Case:
     objective: str = "flow"
     latents: tuple[int, int, int] = UNEVEN
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    num_heads: int = 4
     accumulation: int = 1
     kernels: KernelConfig = PLAIN
 
@@ -79,6 +80,7 @@ def build(case: Case):
         size="tiny",
         max_caption_tokens=CAPTION,
         learn_sigma=case.objective == "iddpm",
+        num_heads=case.num_heads,
         **SIZES,
     )
 
@@ -233,18 +235,35 @@ def _run(case: Case, mesh: Mesh, steps: int) -> tuple[list[float], list[float]]:
 
 
 class CountExchanged(TorchDispatchMode):
-    """Counts the bytes that this process puts into all-to-alls, within the context."""
+    """Counts the bytes that this process puts into all-to-alls and sends around rings, within the
+    context."""
 
-    bytes = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.ring_bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops._c10d_functional.all_to_all_single.default:
             self.bytes += args[0].numel() * args[0].element_size()
         return func(*args, **(kwargs or {}))
 
+    def __enter__(self):
+        self._batch_isend_irecv = dist.batch_isend_irecv
+        dist.batch_isend_irecv = self._counted
+        return super().__enter__()
 
-def exchanged(cases: list[Case]) -> list[tuple[int, int]]:
-    """Bytes in all-to-alls, forward and backward, of one sample."""
+    def __exit__(self, *exception):
+        dist.batch_isend_irecv = self._batch_isend_irecv
+        super().__exit__(*exception)
+
+    def _counted(self, moves):
+        sent = [move.tensor for move in moves if move.op is dist.isend]
+        self.ring_bytes += sum(x.numel() * x.element_size() for x in sent)
+        return self._batch_isend_irecv(moves)
+
+
+def exchanged(cases: list[Case]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Bytes of one sample, forward and backward: in all-to-alls, and around rings."""
     device = start_distributed("cpu")
     results = []
     for case in cases:
@@ -253,7 +272,8 @@ def exchanged(cases: list[Case]) -> list[tuple[int, int]]:
             loss = loss_of(model, case, inputs_of(case, range(1)))
         with CountExchanged() as backward:
             loss.backward()
-        results.append((forward.bytes, backward.bytes))
+        in_all_to_alls = forward.bytes, backward.bytes
+        results.append((in_all_to_alls, (forward.ring_bytes, backward.ring_bytes)))
     return results
 
 
@@ -273,7 +293,8 @@ def _parallel_model(case: Case, mesh: Mesh):
 
 def errors_of(found, case: Case, dtype=torch.float32) -> dict[str, float]:
     """By name, how far loss and gradients are from plain PyTorch's, relative to their norms."""
-    loss, gradients = alone(Case(case.model, case.objective, case.latents), dtype)
+    plain = Case(case.model, case.objective, case.latents, num_heads=case.num_heads)
+    loss, gradients = alone(plain, dtype)
     assert found[1].keys() == gradients.keys()
     errors = {"loss": abs(found[0] - loss) / abs(loss)}
     for name, gradient in gradients.items():
