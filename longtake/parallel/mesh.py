@@ -38,6 +38,9 @@ class ParallelConfig:
     takes the rest. With sp, the copy is spread over dp_shard × sp processes."""
     sp: int = 1
     """Processes that share the tokens of one sample (docs/parallelism.md)."""
+    exchange_in_halves: bool = False
+    """With sp, temporal branches compute with one half of the places while the other travels. To be
+    measured: it hides half of the exchanges for a pass more over the tokens."""
     compile: bool | None = None
     """torch.compile of every block; None means on CUDA only."""
     param_dtype: Literal["bf16", "fp32"] | None = None

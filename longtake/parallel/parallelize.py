@@ -23,9 +23,9 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
     blocks = model.blocks
     assert isinstance(blocks, nn.ModuleList), "a model's blocks are its units of sharding"
     if mesh.token_group is not None:
-        split_sequence(model, mesh.token_group)
+        split_sequence(model, mesh.token_group, in_halves=config.exchange_in_halves)
     if is_compiled(config, mesh.device):
-        compile_blocks(blocks)
+        compile_blocks(blocks, overlap_exchanges=config.exchange_in_halves)
     # Around the graph: within it, PyTorch 2.11 keeps whatever the operations with a backward of
     # their own save, which is nearly everything.
     checkpoint_blocks(blocks, config.checkpointing)

@@ -31,6 +31,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from longtake.models.layers import (
@@ -40,23 +41,25 @@ from longtake.models.layers import (
     TemporalAttention,
 )
 from longtake.models.positions import TemporalPositions
-from longtake.parallel.exchange import TokenGroup, exchange, gather_parts, own_part
+from longtake.parallel.exchange import TokenGroup, exchange, gather_parts, own_part, start_exchange
 from longtake.parallel.mesh import divide_group
 from longtake.parallel.ring import ring_attention
 
 
-def split_sequence(model: nn.Module, group: TokenGroup) -> None:
+def split_sequence(model: nn.Module, group: TokenGroup, *, in_halves: bool = False) -> None:
     """Makes each process of the group compute its part of every sample's tokens, in place. All
     processes of the run must call it together, each for its group.
 
     The model is then called as before, by all processes of the group with the same inputs, and
     gives all of them the whole prediction. Parameter names stay. Averaged over all processes,
     gradients are those of one process.
+
+    in_halves: temporal branches compute with one half of the places while the other travels.
     """
     blocks, final_layer = model.blocks, model.final_layer
     assert isinstance(blocks, nn.ModuleList), "a model's blocks are where tokens are split"
     assert isinstance(final_layer, nn.Module), "a model's final layer is where they are gathered"
-    stream = _Stream(group)
+    stream = _Stream(group, in_halves=in_halves)
     divide = functools.cache(functools.partial(divide_group, group))
     for module in list(model.modules()):
         if isinstance(module, SelfAttention):
@@ -75,8 +78,9 @@ def _spread(
     """What an attention needs so that its tokens see those of other processes."""
     core = attention.core
     if isinstance(core, TemporalAttention):
-        attention.register_forward_pre_hook(stream.frames_to_places)
-        attention.register_forward_hook(stream.places_to_frames)
+        # The forward of the instance and not a module around it: parameter names stay.
+        on_places = functools.partial(stream.on_places, attention.forward)
+        attention.forward = on_places  # pyright: ignore[reportAttributeAccessIssue]
     elif isinstance(core, FullAttention):
         by_heads, in_ring = divide(attention.num_heads)
         if in_ring is not None:
@@ -123,8 +127,9 @@ class RingAttention(nn.Module):
 class _Stream:
     """A model's residual stream while it is spread over a group, as the hooks that move it."""
 
-    def __init__(self, group: TokenGroup) -> None:
+    def __init__(self, group: TokenGroup, *, in_halves: bool) -> None:
         self.group = group
+        self.in_halves = in_halves
         self.sizes: tuple[int, ...] = ()
         """Of the whole stream, (T, S) or (N,): a part of it does not tell. Noted at every split; a
         backward that computes a block again comes before the next."""
@@ -141,16 +146,31 @@ class _Stream:
         rows_per_length = patches_BNP.shape[1] // self.group.share(length)
         return gather_parts(patches_BNP, self.group, dim=1, length=length * rows_per_length)
 
-    def frames_to_places(self, branch: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Before a temporal branch: from some frames of all places to all frames of some."""
-        num_frames, _ = self.sizes
-        x_BTSD = exchange(args[0], self.group, scatter_dim=2, gather_dim=1, length=num_frames)
-        return x_BTSD, *args[1:]
+    def on_places(self, branch: Callable[..., Tensor], x_BTSD: Tensor, *rows: Tensor) -> Tensor:
+        """A temporal branch: from some frames of all places to all frames of some, and back."""
+        num_frames, num_places = self.sizes
+        parts = x_BTSD.split(self._places_of_parts(num_places), dim=2)
+        arriving = [
+            start_exchange(part, self.group, scatter_dim=2, gather_dim=1, length=num_frames)
+            for part in parts
+        ]
+        leaving = []
+        for part, arrive in zip(parts, arriving, strict=True):
+            x_BTSD = branch(arrive(), *rows)
+            leaving.append(
+                start_exchange(
+                    x_BTSD, self.group, scatter_dim=1, gather_dim=2, length=part.shape[2]
+                )
+            )
+        returned = [leave() for leave in leaving]
+        return returned[0] if len(returned) == 1 else torch.cat(returned, dim=2)
 
-    def places_to_frames(self, branch: nn.Module, args: tuple[Any, ...], x_BTSD: Tensor) -> Tensor:
-        """Behind a temporal branch: and back."""
-        _, num_places = self.sizes
-        return exchange(x_BTSD, self.group, scatter_dim=1, gather_dim=2, length=num_places)
+    def _places_of_parts(self, num_places: int) -> list[int]:
+        """Those of the first are a multiple of the group's size, so that no fillers are added."""
+        first = -(-self.group.share(num_places) // 2) * self.group.size
+        if not self.in_halves or first >= num_places:
+            return [num_places]
+        return [first, num_places - first]
 
     def take_own_frames(
         self, positions: nn.Module, args: tuple[Any, ...], time_TD: Tensor

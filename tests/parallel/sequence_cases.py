@@ -155,7 +155,8 @@ def in_double(cases: list[Case]) -> list[tuple[float, dict[str, torch.Tensor]]]:
         init_weights(model, seed=0, write=write_shaken)
         names = [name for name, _ in model.named_parameters()]
         if mesh.token_group is not None:
-            split_sequence(model, mesh.token_group)
+            in_halves = case.parallel.exchange_in_halves
+            split_sequence(model, mesh.token_group, in_halves=in_halves)
         assert [name for name, _ in model.named_parameters()] == names
         inputs = inputs_of(case, _own_samples(mesh), dtype=torch.float64)
         loss = loss_of(model, case, inputs)
@@ -260,6 +261,47 @@ class CountExchanged(TorchDispatchMode):
         sent = [move.tensor for move in moves if move.op is dist.isend]
         self.ring_bytes += sum(x.numel() * x.element_size() for x in sent)
         return self._batch_isend_irecv(moves)
+
+
+class Sequence(TorchDispatchMode):
+    """Notes in which order all-to-alls are begun (s), waited for (w), and products computed (m)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events = ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        collectives, aten = torch.ops._c10d_functional, torch.ops.aten
+        if func is collectives.all_to_all_single.default:
+            self.events += "s"
+        elif func is collectives.wait_tensor.default:
+            self.events += "w"
+        elif func in (aten.mm.default, aten.addmm.default) and not self.events.endswith("m"):
+            self.events += "m"
+        return func(*args, **(kwargs or {}))
+
+
+def orders_of_events(cases: list[Case]) -> list[tuple[str, str]]:
+    """Of the first temporal branch, forward and backward."""
+    return [_order_of_events(case) for case in cases]
+
+
+def _order_of_events(case: Case) -> tuple[str, str]:
+    mesh = build_mesh(case.parallel, start_distributed("cpu"))
+    model = build(case)
+    init_weights(model, seed=0, write=write_shaken)
+    assert mesh.token_group is not None
+    split_sequence(model, mesh.token_group, in_halves=case.parallel.exchange_in_halves)
+    branch = next(module for name, module in model.named_modules() if name.endswith("attn_temp"))
+    shapes = []
+    branch.register_forward_pre_hook(lambda _, args: shapes.extend(x.shape for x in args))
+    loss_of(model, case, inputs_of(case, range(1)))
+    stream, *rows = (torch.randn(shape, requires_grad=True) for shape in shapes[:4])
+    with Sequence() as forward:
+        out = branch(stream, *rows)
+    with Sequence() as backward:
+        out.sum().backward()
+    return forward.events, backward.events
 
 
 def exchanged(cases: list[Case]) -> list[tuple[tuple[int, int], tuple[int, int]]]:

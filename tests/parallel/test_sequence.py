@@ -25,6 +25,7 @@ from tests.parallel.sequence_cases import (
     errors_of,
     exchanged,
     in_double,
+    orders_of_events,
     runs,
     sharded,
 )
@@ -42,6 +43,9 @@ def test_in_double_every_model_has_the_gradients_of_one_process():
         # One frame: the other process has none, or half of the frame's tokens.
         Case("stdit2", "flow", IMAGE).on(sp=2),
         Case("dit", "iddpm", IMAGE).on(sp=2),
+        # 9 places as 6 and 3, 8 as 4 and 4.
+        Case("stdit2").on(sp=2, exchange_in_halves=True),
+        Case("latte", "iddpm", EVEN).on(sp=2, exchange_in_halves=True),
     ]
     for results in run_in_processes(in_double, 2, cases, timeout_seconds=120):
         for case, found in zip(cases, results, strict=True):
@@ -71,6 +75,8 @@ def test_sharded_checkpointed_compiled_and_accumulated_it_stays_the_same():
         Case("stdit").on(sp=2, checkpointing="none"),
         Case("stdit", accumulation=2).on(sp=2, checkpointing="full", compile=True),
         Case("stdit2", "iddpm").on(sp=2, compile=True),
+        Case("stdit").on(sp=2, compile=True, exchange_in_halves=True),
+        Case("latte").on(sp=2, checkpointing="full", exchange_in_halves=True),
         Case("pixart", accumulation=2).on(sp=2, checkpointing="full"),
         Case("pixart", "iddpm", EVEN).on(sp=2, compile=True),
         Case("latte").on(sp=2, compile=True, checkpointing="full"),
@@ -158,6 +164,7 @@ def test_what_is_exchanged_is_what_the_formula_says():
             ("dit", UNEVEN, "selective"),
         )
     ]
+    cases.append(Case("stdit2", latents=UNEVEN).on(sp=2, exchange_in_halves=True))
     cases.append(Case("dit", num_heads=1).on(sp=2, checkpointing="full"))
     _assert_exchanged(cases, 2, ring=lambda case: 1 if case.num_heads > 1 else 2)
     _assert_exchanged([Case("pixart", num_heads=2).on(sp=4)], 4, ring=lambda case: 2)
@@ -174,6 +181,12 @@ def _assert_exchanged(cases, sp, *, ring):
             assert in_all_to_alls == (expected, expected * (1 + again)), case
             expected = ring_bytes(*where, **sizes)
             assert around == (expected, expected * (2 + again)), case
+
+
+def test_one_half_of_the_places_travels_while_the_other_is_computed_with():
+    whole, halves = (Case("stdit2").on(sp=2, exchange_in_halves=choice) for choice in (False, True))
+    for orders in run_in_processes(orders_of_events, 2, [whole, halves]):
+        assert orders == [("swmsw", "swmsw"), ("sswmswmsww", "sswmswmsww")]
 
 
 def test_kernels_that_cannot_go_around_a_ring_are_refused():
