@@ -13,27 +13,23 @@ from torch import nn
 _MAX_GRAPHS = 256
 
 
-def compile_blocks(
-    blocks: Iterable[nn.Module],
-    *,
-    overlap_exchanges: bool = False,
-    backend: str | Callable = "inductor",
-) -> None:
+def compile_blocks(blocks: Iterable[nn.Module], *, backend: str | Callable = "inductor") -> None:
     """Compiles the forward of each block in place, on its first call; parameter names stay.
 
     The forward and not the module: FSDP's hooks on the module stay outside of the graph. Shapes are
     static, since a bucket's shape never changes and static kernels are faster. A block that cannot
     be captured whole is an error, not a silent fallback to eager.
-
-    overlap_exchanges: within a graph, exchanges begin as soon and are waited for as late as they
-    can, in all graphs of this process.
     """
-    if overlap_exchanges:
-        # Else the compiler orders for the least memory, which puts a wait right behind its send.
-        from torch._inductor import config as inductor  # takes seconds
-
-        inductor.reorder_for_compute_comm_overlap = True
-        inductor.reorder_for_compute_comm_overlap_passes = ["sink_waits", "raise_comms"]
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     for block in blocks:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
+
+
+def overlap_exchanges() -> None:
+    """Makes what is compiled from now on begin exchanges as soon, and wait for them as late, as it
+    can."""
+    # Else the compiler orders for the least memory, which puts a wait right behind its send.
+    from torch._inductor import config as inductor  # takes seconds
+
+    inductor.reorder_for_compute_comm_overlap = True
+    inductor.reorder_for_compute_comm_overlap_passes = ["sink_waits", "raise_comms"]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from longtake.parallel.activation_checkpointing import checkpoint_blocks
-from longtake.parallel.compile import compile_blocks
+from longtake.parallel.compile import compile_blocks, overlap_exchanges
 from longtake.parallel.mesh import Mesh, ParallelConfig, compute_dtype
 from longtake.parallel.sequence import split_sequence
 from longtake.parallel.shard import shard_blocks
@@ -25,7 +25,9 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
     if mesh.token_group is not None:
         split_sequence(model, mesh.token_group, in_halves=config.exchange_in_halves)
     if is_compiled(config, mesh.device):
-        compile_blocks(blocks, overlap_exchanges=config.exchange_in_halves)
+        if config.exchange_in_halves:
+            overlap_exchanges()
+        compile_blocks(blocks)
     # Around the graph: within it, PyTorch 2.11 keeps whatever the operations with a backward of
     # their own save, which is nearly everything.
     checkpoint_blocks(blocks, config.checkpointing)

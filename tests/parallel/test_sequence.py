@@ -146,8 +146,9 @@ def test_on_two_gpus_it_stays_the_same():
     half = [replace(case, kernels=KernelConfig()) for case in cases]
     (lone,) = run_in_processes(sharded, 1, half, "cuda", timeout_seconds=250)
     spread = [case.on(sp=2) for case in half]
-    for results in run_in_processes(sharded, 2, spread, "cuda", timeout_seconds=250):
-        for case, found, same in zip(half, results, lone, strict=True):
+    spread += [case.on(sp=2, exchange_in_halves=True) for case in half[:3]]
+    for results in run_in_processes(sharded, 2, spread, "cuda", timeout_seconds=350):
+        for case, found, same in zip(spread, results, lone + lone[:3], strict=True):
             allowed = errors_of(same, case)
             for name, error in errors_of(found, case).items():
                 assert error <= 2 * allowed[name] + 1e-3, (case.model, name, error, allowed[name])
