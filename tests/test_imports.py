@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "encoders": set(),
     "data": set(),
     "store": {"data", "encoders"},
-    "parallel": {"models"},
+    "parallel": {"models", "ops"},
     "training": {"ops", "parallel", "planning"},
     "pipeline": {"data", "diffusion", "encoders", "parallel", "store", "training"},
     "report": {"training"},

@@ -245,7 +245,7 @@ def sent_bytes(measured: Measurement, config: dict[str, Any]) -> tuple[float, fl
         measured.parameters,
         shards=measured.num_devices // replicas,
         replicas=replicas,
-        gathers=1 if run.parallel.reshard_after_forward is False else 2,
+        gathers=2 if run.parallel.zero == 3 else 1,
         weight_bytes=weight_bytes,
     )
     return passes * exchanged * (measured.sp - 1) / measured.sp, sharding.total

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from longtake.config.run import RunConfig
+from longtake.config.work import ring_size
 from longtake.ops.kernels import (
     Kind,
     attention_backend,
@@ -27,6 +28,8 @@ class AttentionLayer:
     name: str
     kind: Kind
     keys: int
+    in_parts: bool = False
+    """Whether keys come in parts, around a ring of processes: `keys` are those of a part."""
 
 
 def attention_layers(config: RunConfig, latents: tuple[int, int, int]) -> list[AttentionLayer]:
@@ -34,7 +37,9 @@ def attention_layers(config: RunConfig, latents: tuple[int, int, int]) -> list[A
     model = config.model
     grid = token_grid(latents, patch=model.patch_size)
     if model.name in ("dit", "pixart"):
-        found = [AttentionLayer("full", "self_attention", grid.total)]
+        sp, ring = config.parallel.sp, ring_size(config)
+        keys = grid.total if ring == 1 else -(-grid.total // sp) * (sp // ring)
+        found = [AttentionLayer("full", "self_attention", keys, in_parts=ring > 1)]
     else:
         found = [
             AttentionLayer("spatial", "self_attention", grid.space),
@@ -55,6 +60,7 @@ def kernels_by_layer(
         found: dict[str, str] = {
             layer.name: attention_backend(
                 layer.kind,
+                in_parts=layer.in_parts,
                 keys=layer.keys,
                 head_size=hidden_size // num_heads,
                 dtype=dtype,
@@ -83,6 +89,7 @@ def verify_kernels(
             keys=layer.keys,
             head_size=hidden_size // num_heads,
             num_heads=num_heads,
+            in_parts=layer.in_parts,
         )
         for latents in shapes
         for layer in attention_layers(config, latents)

@@ -8,7 +8,7 @@ from typing import Any
 
 from longtake.config.layers import kernels_by_layer
 from longtake.config.run import RunConfig
-from longtake.config.work import exchanged_mib, latents_of_bucket
+from longtake.config.work import exchanged_mib, latents_of_bucket, ring_size
 from longtake.data import Manifest
 from longtake.encoders import TextEncoder, VideoEncoder
 from longtake.models import Model
@@ -33,6 +33,10 @@ def run_record(
         header = Path(config.data.store) / "store.json"
         is_here = header.is_file()  # or on object storage
         store = {"path": config.data.store, "sha256": _sha256(header) if is_here else None}
+    exchanged = {
+        str(bucket): exchanged_mib(config, mesh, latents_of_bucket(video_encoder, bucket))
+        for bucket in config.data.buckets
+    }
     return {
         "name": config.name,
         "environment": environment(),
@@ -53,10 +57,9 @@ def run_record(
             "dp_shard": mesh.dp_shard,
             "zero": config.parallel.zero,
             "sp": mesh.sp,
-            "exchanged_mib_per_sample": {
-                str(bucket): exchanged_mib(config, mesh, latents_of_bucket(video_encoder, bucket))
-                for bucket in config.data.buckets
-            },
+            "ring": ring_size(config),
+            "exchanged_mib_per_sample": {bucket: mib for bucket, (mib, _) in exchanged.items()},
+            "ring_mib_per_sample": {bucket: mib for bucket, (_, mib) in exchanged.items()},
         },
         "compute": {
             "dtype": str(compute_dtype(config.parallel, mesh.device)).removeprefix("torch."),

@@ -12,13 +12,14 @@ from longtake.config.layers import kernels_by_layer
 from longtake.config.run import RunConfig
 from longtake.data import Bucket
 from longtake.encoders import VideoEncoder
-from longtake.parallel import PIECE_TOKENS, Mesh, compute_dtype
+from longtake.parallel import PIECE_TOKENS, Mesh, attention_degrees, compute_dtype
 from longtake.planning import (
     PeakMemory,
     exchanged_bytes,
     forward_macs,
     peak_bf16_flops,
     peak_memory,
+    ring_bytes,
     token_grid,
     training_flops,
 )
@@ -125,19 +126,30 @@ def largest_peak(
     return max(known, key=lambda peak: peak.total, default=None)
 
 
-def exchanged_mib(config: RunConfig, mesh: Mesh, latents: tuple[int, int, int]) -> float:
-    """MiB that each process puts into all-to-alls per sample of so many latent frames, rows and
-    columns, in one forward; the backward sends as much, and blocks computed again the forward's."""
+def ring_size(config: RunConfig) -> int:
+    """How many processes pass keys and values around; 1 where nothing but all-to-alls is needed."""
+    if config.model.name not in ("dit", "pixart"):
+        return 1
+    _, _, num_heads = config.model.dimensions
+    return attention_degrees(config.parallel.sp, num_heads)[1]
+
+
+def exchanged_mib(
+    config: RunConfig, mesh: Mesh, latents: tuple[int, int, int]
+) -> tuple[float, float]:
+    """MiB that each process puts into all-to-alls, and sends around its ring, per sample of so many
+    latent frames, rows and columns, in one forward. The backward puts in as much and sends twice as
+    much; blocks computed again, the forward's."""
     depth, hidden_size, _ = config.model.dimensions
-    count = exchanged_bytes(
-        config.model.name,
-        token_grid(latents, patch=config.model.patch_size),
-        hidden_size=hidden_size,
-        depth=depth,
-        sp=mesh.sp,
-        bytes_per_value=compute_dtype(config.parallel, mesh.device).itemsize,
-    )
-    return count / 2**20
+    where = config.model.name, token_grid(latents, patch=config.model.patch_size)
+    how = {
+        "hidden_size": hidden_size,
+        "depth": depth,
+        "sp": mesh.sp,
+        "ring": ring_size(config),
+        "bytes_per_value": compute_dtype(config.parallel, mesh.device).itemsize,
+    }
+    return exchanged_bytes(*where, **how) / 2**20, ring_bytes(*where, **how) / 2**20
 
 
 def token_notes(config: RunConfig, mesh: Mesh, video_encoder: VideoEncoder) -> list[str]:
@@ -148,6 +160,14 @@ def token_notes(config: RunConfig, mesh: Mesh, video_encoder: VideoEncoder) -> l
         f"sp={mesh.sp}: the processes of a group share the tokens of a sample and its encoding; "
         "each decodes the whole of it for itself (a latent store spares both)"
     ]
+    ring = ring_size(config)
+    if ring > 1:
+        by_heads = mesh.sp // ring
+        over_heads = "" if by_heads == 1 else f", its heads over {by_heads}"
+        notes.append(
+            f"sp={mesh.sp} is more than divides num_heads={config.model.dimensions[2]}: attention "
+            f"goes around rings of {ring} processes{over_heads}"
+        )
     has_frames = config.model.name not in ("dit", "pixart")
     for bucket in config.data.buckets:
         grid = token_grid(latents_of_bucket(video_encoder, bucket), patch=config.model.patch_size)

@@ -3,7 +3,7 @@
 `scaled_dot_product_attention` picks a backend from process-wide switches, and compiled code keeps
 whichever it saw. This operation is opaque to torch.compile and always cuDNN.
 
-Letters: B batch, N tokens, A heads, E size per head.
+Letters: B batch, N tokens, L keys where they are not the queries' tokens, A heads, E size per head.
 """
 
 from __future__ import annotations
@@ -35,16 +35,13 @@ def cudnn_problem(device: torch.device, dtype: torch.dtype, head_size: int) -> s
     return None
 
 
-@torch.library.custom_op("longtake::cudnn_attention", mutates_args=())
-def _cudnn_attention(
-    qkv_BN3AE: Tensor,  # (B, N, 3, A, E), last dimension dense
-) -> tuple[Tensor, Tensor]:
-    """out (B, N, A, E) and, for the backward, the log-sum-exp of each row of scores (B, A, N)."""
-    q_BANE, k_BANE, v_BANE = (x.transpose(1, 2) for x in qkv_BN3AE.unbind(2))
+def cudnn_attend(q_BNAE: Tensor, k_BLAE: Tensor, v_BLAE: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(E)) v, (B, N, A, E) and contiguous, and the log-sum-exp of each row of
+    scores, (B, A, N) float32. No gradient flows through it."""
     out_BANE, logsumexp, *_ = aten._scaled_dot_product_cudnn_attention(
-        q_BANE,
-        k_BANE,
-        v_BANE,
+        q_BNAE.transpose(1, 2),
+        k_BLAE.transpose(1, 2),
+        v_BLAE.transpose(1, 2),
         attn_bias=None,
         compute_log_sumexp=True,
         dropout_p=0.0,
@@ -55,6 +52,50 @@ def _cudnn_attention(
     # PyTorch allocates out in the order of q's strides: this is no copy. The log-sum-exp has had
     # three and four dimensions in different versions.
     return out_BANE.transpose(1, 2).contiguous(), logsumexp.reshape(out_BANE.shape[:3])
+
+
+def cudnn_attend_backward(
+    dout_BNAE: Tensor,
+    q_BNAE: Tensor,
+    k_BLAE: Tensor,
+    v_BLAE: Tensor,
+    out_BNAE: Tensor,
+    logsumexp_BAN: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v. With out and log-sum-exp over more keys than these, what these
+    keys contribute to it."""
+    # Random numbers are for dropout alone. The kernels read nothing from these.
+    unused_seed = torch.empty((), dtype=torch.int64, device=q_BNAE.device)
+    gradients_BANE = aten._scaled_dot_product_cudnn_attention_backward(
+        # PyTorch keeps cuDNN's backward graphs by the layout of q, k and v, and not of this
+        # gradient. A second layout would be read as if it were the first, so there is only one.
+        dout_BNAE.contiguous().transpose(1, 2),
+        q_BNAE.transpose(1, 2),
+        k_BLAE.transpose(1, 2),
+        v_BLAE.transpose(1, 2),
+        out_BNAE.transpose(1, 2),
+        logsumexp_BAN.unsqueeze(-1),
+        philox_seed=unused_seed,
+        philox_offset=unused_seed,
+        attn_bias=None,
+        cum_seq_q=None,  # all sequences have the same length
+        cum_seq_k=None,
+        max_q=q_BNAE.shape[1],
+        max_k=k_BLAE.shape[1],
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+    )
+    dq_BNAE, dk_BLAE, dv_BLAE = (gradient.transpose(1, 2) for gradient in gradients_BANE)
+    return dq_BNAE, dk_BLAE, dv_BLAE
+
+
+@torch.library.custom_op("longtake::cudnn_attention", mutates_args=())
+def _cudnn_attention(
+    qkv_BN3AE: Tensor,  # (B, N, 3, A, E), last dimension dense
+) -> tuple[Tensor, Tensor]:
+    """out (B, N, A, E) and, for the backward, the log-sum-exp of each row of scores (B, A, N)."""
+    return cudnn_attend(*qkv_BN3AE.unbind(2))
 
 
 @_cudnn_attention.register_fake
@@ -74,31 +115,11 @@ def _cudnn_attention_backward(
     logsumexp_BAN: Tensor,  # (B, A, N) float32
 ) -> Tensor:
     """The gradient of qkv, (B, N, 3, A, E) and contiguous."""
-    q_BANE, k_BANE, v_BANE = (x.transpose(1, 2) for x in qkv_BN3AE.unbind(2))
-    num_tokens = qkv_BN3AE.shape[1]
-    # Random numbers are for dropout alone. The kernels read nothing from these.
-    unused_seed = torch.empty((), dtype=torch.int64, device=qkv_BN3AE.device)
-    gradients_BANE = aten._scaled_dot_product_cudnn_attention_backward(
-        # PyTorch keeps cuDNN's backward graphs by the layout of q, k and v, and not of this
-        # gradient. A second layout would be read as if it were the first, so there is only one.
-        grad_out_BNAE.contiguous().transpose(1, 2),
-        q_BANE,
-        k_BANE,
-        v_BANE,
-        out_BNAE.transpose(1, 2),
-        logsumexp_BAN.unsqueeze(-1),
-        philox_seed=unused_seed,
-        philox_offset=unused_seed,
-        attn_bias=None,
-        cum_seq_q=None,  # all sequences have the same length
-        cum_seq_k=None,
-        max_q=num_tokens,
-        max_k=num_tokens,
-        dropout_p=0.0,
-        is_causal=False,
-        scale=None,
+    q_BNAE, k_BNAE, v_BNAE = qkv_BN3AE.unbind(2)
+    gradients_BNAE = cudnn_attend_backward(
+        grad_out_BNAE, q_BNAE, k_BNAE, v_BNAE, out_BNAE, logsumexp_BAN
     )
-    return torch.stack([gradient.transpose(1, 2) for gradient in gradients_BANE], dim=2)
+    return torch.stack(gradients_BNAE, dim=2)
 
 
 @_cudnn_attention_backward.register_fake

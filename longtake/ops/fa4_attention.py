@@ -3,12 +3,14 @@
 Its gradient of q is wrong for heads of 72 and 80, without a warning, so heads are padded with zeros
 to a size at which it is right. Zeros change no score, and what comes of them is cut off again.
 
-Letters: B batch, N tokens, A heads, E size per head, P padded size per head.
+Letters: B batch, N tokens, L keys where they are not the queries' tokens, A heads, E size per head,
+P padded size per head.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -68,21 +70,74 @@ def _package() -> ModuleType:
     return interface
 
 
+def fa4_attend(q_BNAE: Tensor, k_BLAE: Tensor, v_BLAE: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(E)) v, (B, N, A, E) and contiguous, and the log-sum-exp of each row of
+    scores, (B, A, N) float32. No gradient flows through it."""
+    return _attend(
+        _pad_heads(q_BNAE), _pad_heads(k_BLAE), _pad_heads(v_BLAE), head_size=q_BNAE.shape[-1]
+    )
+
+
+def fa4_attend_backward(
+    dout_BNAE: Tensor,
+    q_BNAE: Tensor,
+    k_BLAE: Tensor,
+    v_BLAE: Tensor,
+    out_BNAE: Tensor,
+    logsumexp_BAN: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v. With out and log-sum-exp over more keys than these, what these
+    keys contribute to it."""
+    head_size = q_BNAE.shape[-1]
+    inputs = [_pad_heads(x) for x in (q_BNAE, k_BLAE, v_BLAE)]
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+    _attend_backward(dout_BNAE, inputs, out_BNAE, logsumexp_BAN, gradients=[dq, dk, dv])
+    return dq[..., :head_size], dk[..., :head_size], dv[..., :head_size]
+
+
+def _attend(
+    q_BNAP: Tensor, k_BLAP: Tensor, v_BLAP: Tensor, *, head_size: int
+) -> tuple[Tensor, Tensor]:
+    """On padded heads; the output of the heads as they were."""
+    out_BNAP, logsumexp_BAN = _package()._flash_attn_fwd(
+        q_BNAP,
+        k_BLAP,
+        v_BLAP,
+        softmax_scale=head_size**-0.5,
+        return_lse=True,
+    )
+    return out_BNAP[..., :head_size].contiguous(), logsumexp_BAN
+
+
+def _attend_backward(
+    dout_BNAE: Tensor,
+    inputs: Sequence[Tensor],  # q, k and v with padded heads
+    out_BNAE: Tensor,
+    logsumexp_BAN: Tensor,
+    *,
+    gradients: Sequence[Tensor],
+) -> None:
+    """Writes the gradients of q, k and v with padded heads."""
+    dq_BNAP, dk_BLAP, dv_BLAP = gradients
+    _package()._flash_attn_bwd(
+        *inputs,
+        _pad_heads(out_BNAE),
+        _pad_heads(dout_BNAE).contiguous(),
+        logsumexp_BAN,
+        softmax_scale=dout_BNAE.shape[-1] ** -0.5,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        dq=dq_BNAP,
+        dk=dk_BLAP,
+        dv=dv_BLAP,
+    )
+
+
 @torch.library.custom_op("longtake::fa4_attention", mutates_args=())
 def _fa4_attention(
     qkv_BN3AE: Tensor,  # (B, N, 3, A, E), last dimension dense
 ) -> tuple[Tensor, Tensor]:
     """out (B, N, A, E) and, for the backward, the log-sum-exp of each row of scores (B, A, N)."""
-    head_size = qkv_BN3AE.shape[-1]
-    q_BNAP, k_BNAP, v_BNAP = _pad_heads(qkv_BN3AE).unbind(2)
-    out_BNAP, logsumexp_BAN = _package()._flash_attn_fwd(
-        q_BNAP,
-        k_BNAP,
-        v_BNAP,
-        softmax_scale=head_size**-0.5,  # of the heads as they were
-        return_lse=True,
-    )
-    return out_BNAP[..., :head_size].contiguous(), logsumexp_BAN
+    return _attend(*_pad_heads(qkv_BN3AE).unbind(2), head_size=qkv_BN3AE.shape[-1])
 
 
 @_fa4_attention.register_fake
@@ -106,17 +161,12 @@ def _fa4_attention_backward(
     # Padded again, since keeping the padded product from the forward would take a third more.
     qkv_BN3AP = _pad_heads(qkv_BN3AE)
     dqkv_BN3AP = torch.empty_like(qkv_BN3AP, memory_format=torch.contiguous_format)
-    dq_BNAP, dk_BNAP, dv_BNAP = dqkv_BN3AP.unbind(2)
-    _package()._flash_attn_bwd(
-        *qkv_BN3AP.unbind(2),
-        _pad_heads(out_BNAE),
-        _pad_heads(grad_out_BNAE).contiguous(),
+    _attend_backward(
+        grad_out_BNAE,
+        qkv_BN3AP.unbind(2),
+        out_BNAE,
         logsumexp_BAN,
-        softmax_scale=head_size**-0.5,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        dq=dq_BNAP,
-        dk=dk_BNAP,
-        dv=dv_BNAP,
+        gradients=dqkv_BN3AP.unbind(2),
     )
     return dqkv_BN3AP[..., :head_size].contiguous()
 

@@ -47,6 +47,9 @@ PLAIN = KernelConfig(
 )
 """Plain torch with explicit softmax: what everything else is measured and checked against."""
 
+# Those that tell the log-sum-exp of their scores (longtake.ops.partial_attention).
+IN_PARTS: tuple[AttentionBackend, ...] = ("fa4", "cudnn", "reference")
+
 # What our kernels keep on chip: the frames of a packed sequence, text tokens, values of a head. The
 # packed kernel holds 128 frames in half precision, but one program to an SM at a time.
 MAX_PACKED_FRAMES = 64
@@ -116,14 +119,32 @@ def _elementwise(device: torch.device) -> Elementwise:
 
 @torch.compiler.assume_constant_result
 def attention_backend(
-    kind: Kind, *, keys: int, head_size: int, dtype: torch.dtype, device: torch.device
+    kind: Kind,
+    *,
+    keys: int,
+    head_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    in_parts: bool = False,
 ) -> AttentionBackend:
-    """The implementation of an attention with this many keys (for temporal: frames)."""
+    """The implementation of an attention with this many keys (for temporal: frames).
+
+    in_parts: keys come in parts of so many, and it must tell the log-sum-exp of their scores.
+
+    Raises:
+        ValueError: the configuration insists on one that does not tell it.
+    """
     asked = getattr(_config, kind)
+    if in_parts and asked not in ("auto", *IN_PARTS):
+        raise ValueError(
+            f'{kind.replace("_", "-")} by "{asked}" does not tell the log-sum-exp of its scores, '
+            f"by which a ring of processes adds up parts: set kernels.{kind} to "
+            f"{', '.join(('auto', *IN_PARTS))}, or parallel.sp to a divisor of the model's heads"
+        )
     if asked != "auto":
         return asked
     for name in _candidates(kind, keys=keys, head_size=head_size, dtype=dtype, device=device):
-        if (kind, name) not in _ruled_out:
+        if (kind, name) not in _ruled_out and (not in_parts or name in IN_PARTS):
             return name
     return "reference"
 

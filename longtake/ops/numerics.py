@@ -75,6 +75,8 @@ class AttentionUse:
     keys: int  # for temporal attention: frames
     head_size: int
     num_heads: int
+    in_parts: bool = False
+    """Whether keys come in parts, around a ring of processes."""
 
 
 def checks(device: torch.device) -> list[Check]:
@@ -132,10 +134,16 @@ def verify_chosen(
 def _verify_attention(
     device: torch.device, dtype: torch.dtype, use: AttentionUse
 ) -> Iterator[Result]:
-    operation = OPERATIONS[use.kind]
+    operation_name = "partial_attention" if use.in_parts else use.kind
+    operation = OPERATIONS[operation_name]
     while True:
         name = kernels.attention_backend(
-            use.kind, keys=use.keys, head_size=use.head_size, dtype=dtype, device=device
+            use.kind,
+            keys=use.keys,
+            head_size=use.head_size,
+            dtype=dtype,
+            device=device,
+            in_parts=use.in_parts,
         )
         if name == "reference":
             return
@@ -143,7 +151,7 @@ def _verify_attention(
         if keys > most:
             keys = most - -keys % LARGEST_TILE
         shape = operation.shape_for(keys, use.head_size, use.num_heads)
-        check = Check(operation=use.kind, implementation=name, dtype=dtype, shape=shape)
+        check = Check(operation=operation_name, implementation=name, dtype=dtype, shape=shape)
         result = run_check(check, device)
         yield result
         if result.passed or getattr(kernels.current_kernels(), use.kind) != "auto":

@@ -21,6 +21,13 @@ from longtake.ops.attention import (
     self_attention,
 )
 from longtake.ops.kernels import triton_problem
+from longtake.ops.partial_attention import (
+    accumulation_dtype,
+    merge_part,
+    partial_attention,
+    partial_attention_backward,
+    pick_partial_backend,
+)
 from longtake.ops.plain_attention import attention_reference
 from longtake.ops.sincos import sincos
 
@@ -117,6 +124,51 @@ def _over_frames(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return attend_frames
 
 
+class _InTwoParts(torch.autograd.Function):
+    """Attention to two thirds of the keys and to the rest, as it is put together around a ring."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BNAE: Tensor, k_BNAE: Tensor, v_BNAE: Tensor) -> Tensor:
+        N, E = q_BNAE.shape[1], q_BNAE.shape[-1]
+        ctx.lengths = [N - N // 3, N // 3]
+        ctx.backend = pick_partial_backend(
+            keys=N, head_size=E, dtype=q_BNAE.dtype, device=q_BNAE.device
+        )
+        first, last = (
+            partial_attention(ctx.backend, q_BNAE, k_BLAE, v_BLAE)
+            for k_BLAE, v_BLAE in _parts(k_BNAE, v_BNAE, ctx.lengths)
+        )
+        out_BNAE, lse_BAN = first[0].to(accumulation_dtype(q_BNAE.dtype)), first[1]
+        merge_part(out_BNAE, lse_BAN, *last)
+        out_BNAE = out_BNAE.to(q_BNAE.dtype)
+        ctx.save_for_backward(q_BNAE, k_BNAE, v_BNAE, out_BNAE, lse_BAN)
+        return out_BNAE
+
+    @staticmethod
+    def backward(ctx: Any, dout_BNAE: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore
+        q_BNAE, k_BNAE, v_BNAE, out_BNAE, lse_BAN = ctx.saved_tensors
+        first, last = (
+            partial_attention_backward(
+                ctx.backend, dout_BNAE, q_BNAE, k_BLAE, v_BLAE, out_BNAE, lse_BAN
+            )
+            for k_BLAE, v_BLAE in _parts(k_BNAE, v_BNAE, ctx.lengths)
+        )
+        dtype = accumulation_dtype(q_BNAE.dtype)
+        dq_BNAE = (first[0].to(dtype) + last[0].to(dtype)).to(q_BNAE.dtype)
+        return dq_BNAE, *(
+            torch.cat(parts, dim=1) for parts in zip(first[1:], last[1:], strict=True)
+        )
+
+
+def _parts(k_BNAE: Tensor, v_BNAE: Tensor, lengths: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(k_BNAE.split(lengths, dim=1), v_BNAE.split(lengths, dim=1), strict=True)
+
+
+def _in_two_parts(q_BNAE: Tensor, k_BNAE: Tensor, v_BNAE: Tensor) -> Tensor:
+    out_BNAE: Tensor = _InTwoParts.apply(q_BNAE, k_BNAE, v_BNAE)
+    return out_BNAE
+
+
 def _draw_qkv(shape: Shape, generator: Generator) -> dict[str, Tensor]:
     return {name: _normal(generator, *shape.values()) for name in "qkv"}
 
@@ -161,6 +213,18 @@ _ATTENTIONS = {
         shape_for=_self_shape,
         shapes=tuple({**_self_shape(keys, 72), "B": 2} for keys in (256, 1000, 1024, 4096)),
         bfloat16_shapes=tuple(_self_shape(keys, 64) for keys in (256, 1000, 1024, 4096)),
+        small_shapes=({"B": 2, "N": 37, "A": 2, "E": 24},),
+    ),
+    "partial_attention": Operation(
+        setting="self_attention",
+        implementations=kernels.IN_PARTS,
+        draw=_draw_qkv,
+        run=_in_two_parts,
+        reference=attention_reference,
+        plain=_plain_attention,
+        shape_for=_self_shape,
+        shapes=(_self_shape(1024, 72),),
+        bfloat16_shapes=(_self_shape(1000, 72), _self_shape(1000, 64)),
         small_shapes=({"B": 2, "N": 37, "A": 2, "E": 24},),
     ),
     "temporal_attention": Operation(

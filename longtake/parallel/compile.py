@@ -23,3 +23,13 @@ def compile_blocks(blocks: Iterable[nn.Module], *, backend: str | Callable = "in
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     for block in blocks:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
+
+
+def overlap_exchanges() -> None:
+    """Makes what is compiled from now on begin exchanges as soon, and wait for them as late, as it
+    can."""
+    # Else the compiler orders for the least memory, which puts a wait right behind its send.
+    from torch._inductor import config as inductor  # takes seconds
+
+    inductor.reorder_for_compute_comm_overlap = True
+    inductor.reorder_for_compute_comm_overlap_passes = ["sink_waits", "raise_comms"]

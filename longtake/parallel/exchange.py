@@ -7,7 +7,9 @@ that attention never meets a token that does not exist, and needs no mask.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ class TokenGroup:
     """Of the process group, by which collectives find it."""
     size: int
     rank: int
+    timeout: timedelta
+    """How long its collectives may wait, and those of groups within it."""
 
     def share(self, length: int) -> int:
         """What each process holds of so many rows, fillers included."""
@@ -93,8 +97,25 @@ def exchange(
     A buffer of one part travels, less the share of it that stays. The transposed movement is the
     same with the dimensions swapped, and that is the gradient.
     """
-    exchanged: Tensor = _Exchange.apply(x, group.name, group.size, scatter_dim, gather_dim, length)
-    return exchanged
+    return start_exchange(x, group, scatter_dim=scatter_dim, gather_dim=gather_dim, length=length)()
+
+
+def start_exchange(
+    x: Tensor, group: TokenGroup, *, scatter_dim: int, gather_dim: int, length: int
+) -> Callable[[], Tensor]:
+    """Begins an `exchange`; what it returns waits for the result.
+
+    What is computed in between does not wait. In the backward, which goes the other way round, the
+    gradient sets out when the result's is known, and is waited for when that of x is needed.
+    """
+    where = group.name, group.size, scatter_dim, gather_dim
+    travelling = _Send.apply(x, *where)
+
+    def finish() -> Tensor:
+        exchanged: Tensor = _Arrive.apply(travelling, *where, length)
+        return exchanged
+
+    return finish
 
 
 class _Gather(torch.autograd.Function):
@@ -114,29 +135,50 @@ class _Gather(torch.autograd.Function):
         return part * ctx.size, None, None, None, None, None
 
 
-class _Exchange(torch.autograd.Function):
+class _Send(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, name: str, size: int, scatter_dim: int, gather_dim: int, length: int
+        ctx: Any, x: Tensor, name: str, size: int, scatter_dim: int, gather_dim: int
     ) -> Tensor:
-        ctx.back = name, size, gather_dim, scatter_dim, x.shape[scatter_dim]
-        return _exchanged(x, name, size, scatter_dim, gather_dim, length)
+        ctx.scatter_dim, ctx.length = scatter_dim, x.shape[scatter_dim]
+        return _sent(x, name, size, scatter_dim)
+
+    @staticmethod
+    def backward(ctx: Any, dparts: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        return _arrived(dparts, ctx.scatter_dim, ctx.length), None, None, None, None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        parts: Tensor,
+        name: str,
+        size: int,
+        scatter_dim: int,
+        gather_dim: int,
+        length: int,
+    ) -> Tensor:
+        ctx.back = name, size, gather_dim
+        return _arrived(parts, gather_dim, length)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        return _exchanged(dx, *ctx.back), None, None, None, None, None
+        return _sent(dx, *ctx.back), None, None, None, None, None
 
 
-def _exchanged(
-    x: Tensor, name: str, size: int, scatter_dim: int, gather_dim: int, length: int
-) -> Tensor:
+def _sent(x: Tensor, name: str, size: int, scatter_dim: int) -> Tensor:
+    """Parts by receiver, on their way: nobody may read them before `_arrived`."""
     share = -(-x.shape[scatter_dim] // size)
     x = _filled(x, scatter_dim, share * size)
-    # By receiver first, as they travel; they arrive by sender first.
     parts = x.unflatten(scatter_dim, (size, share)).movedim(scatter_dim, 0).contiguous()
     counts = [1] * size
-    parts = _ops.wait_tensor(_ops.all_to_all_single(parts, counts, counts, name))
-    x = parts.movedim(0, gather_dim).flatten(gather_dim, gather_dim + 1)
+    return _ops.all_to_all_single(parts, counts, counts, name)
+
+
+def _arrived(parts: Tensor, gather_dim: int, length: int) -> Tensor:
+    """Parts by sender, one behind the other along gather_dim."""
+    x = _ops.wait_tensor(parts).movedim(0, gather_dim).flatten(gather_dim, gather_dim + 1)
     return x.narrow(gather_dim, 0, length).contiguous()
 
 

@@ -7,6 +7,7 @@ One process takes the same path as a thousand: it is a process group of one.
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -46,6 +47,9 @@ class ParallelConfig:
     backward (docs/parallelism.md)."""
     sp: int = 1
     """Processes that share the tokens of one sample (docs/parallelism.md)."""
+    exchange_in_halves: bool = False
+    """With sp, temporal branches compute with one half of the places while the other travels. To be
+    measured: it hides half of the exchanges for a pass more over the tokens."""
     compile: bool | None = None
     """torch.compile of every block; None means on CUDA only."""
     param_dtype: Literal["bf16", "fp32"] | None = None
@@ -249,7 +253,44 @@ def _token_group(sp: int, rank: int, timeout_seconds: int) -> TokenGroup | None:
     timeout = timedelta(seconds=timeout_seconds + COLLECTIVE_MARGIN_SECONDS)
     group, _ = dist.new_subgroups(sp, timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
-    return TokenGroup(name=group.group_name, size=sp, rank=rank % sp)
+    return TokenGroup(name=group.group_name, size=sp, rank=rank % sp, timeout=timeout)
+
+
+def attention_degrees(sp: int, num_heads: int) -> tuple[int, int]:
+    """Over how many processes attention over all tokens is spread by heads, and over how many in a
+    ring; their product is sp.
+
+    As many by heads as divide them: what those exchange does not grow with their number, while in a
+    ring each process sends its keys and values to every other.
+    """
+    by_heads = math.gcd(sp, num_heads)
+    return by_heads, sp // by_heads
+
+
+def divide_group(group: TokenGroup, num_heads: int) -> tuple[TokenGroup | None, TokenGroup | None]:
+    """The processes with which this one exchanges heads for tokens, and those of its ring; None
+    where it would be alone. All processes of the run must call it together.
+
+        6 processes, 2 heads       ring
+                                 0   2   4      Neighbours exchange, which cannot hide; around the
+                        heads    1   3   5      ring, keys travel while others are attended to.
+    """
+    by_heads, in_ring = attention_degrees(group.size, num_heads)
+    if in_ring == 1:
+        return group, None
+    if by_heads == 1:
+        return None, group
+    ranks = torch.arange(dist.get_world_size()).view(-1, in_ring, by_heads)
+    rings = ranks.transpose(1, 2).reshape(-1, in_ring).tolist()
+    heads, _ = dist.new_subgroups(by_heads, timeout=group.timeout)
+    ring, _ = dist.new_subgroups_by_enumeration(rings, timeout=group.timeout)
+    assert isinstance(heads, dist.ProcessGroup)
+    assert isinstance(ring, dist.ProcessGroup)
+    ring_rank, heads_rank = divmod(group.rank, by_heads)
+    return (
+        TokenGroup(heads.group_name, by_heads, heads_rank, group.timeout),
+        TokenGroup(ring.group_name, in_ring, ring_rank, group.timeout),
+    )
 
 
 def resolve_degrees(config: ParallelConfig, world_size: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from longtake.parallel.activation_checkpointing import checkpoint_blocks
 from longtake.parallel.branches import branches_of
-from longtake.parallel.compile import compile_blocks
+from longtake.parallel.compile import compile_blocks, overlap_exchanges
 from longtake.parallel.mesh import Mesh, ParallelConfig, compute_dtype
 from longtake.parallel.sequence import split_sequence
 from longtake.parallel.shard import shard_blocks
@@ -19,15 +19,15 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
 
     The model is best still on the meta device; then come `materialize` and the weights. The order
     matters: the exchanges of tokens are part of the compiled graph, recomputation calls it, and
-    weights are gathered outside of both.
-
-    Raises: ValueError if the model cannot be spread over so many processes.
+    weights are gathered outside of both. All processes of the run must call it together.
     """
     blocks = model.blocks
     assert isinstance(blocks, nn.ModuleList), "a model's blocks are its units of sharding"
     if mesh.token_group is not None:
-        split_sequence(model, mesh.token_group)
+        split_sequence(model, mesh.token_group, in_halves=config.exchange_in_halves)
     if is_compiled(config, mesh.device):
+        if config.exchange_in_halves:
+            overlap_exchanges()
         # Pieces of a branch are what is computed at a time where branches run in pieces.
         nested = config.checkpointing == "nested"
         compile_blocks(branch for b in blocks for branch in (branches_of(b) if nested else (b,)))

@@ -5,6 +5,7 @@ from longtake.planning.break_even import break_even_steps
 from longtake.planning.communication import (
     ShardingTraffic,
     exchanged_bytes,
+    ring_bytes,
     sharding_traffic,
 )
 from longtake.planning.disk import (
@@ -51,6 +52,7 @@ __all__ = [
     "parse_size",
     "peak_bf16_flops",
     "peak_memory",
+    "ring_bytes",
     "sharding_traffic",
     "size_text",
     "text_of_shape",

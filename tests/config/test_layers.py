@@ -5,7 +5,7 @@ import torch
 
 from longtake.config import attention_layers, kernels_by_layer, preset, verify_kernels
 from longtake.ops import kernels
-from longtake.ops.kernels import PLAIN
+from longtake.ops.kernels import PLAIN, KernelConfig
 
 CPU = torch.device("cpu")
 
@@ -33,6 +33,19 @@ def test_kernels_by_layer_are_those_of_the_run_not_of_the_process():
     assert kernels_by_layer(config, (16, 32, 32), CPU)["spatial"] == "sdpa"
     plain = kernels_by_layer(replace(config, kernels=PLAIN), (16, 32, 32), CPU)
     assert set(plain.values()) == {"reference"}
+
+
+def test_attention_around_a_ring_meets_a_chunk_of_the_keys_at_a_time():
+    config = preset("stdit-xl2-16x256")
+    parallel = replace(config.parallel, sp=48)
+    config = replace(config, model=replace(config.model, name="pixart"), parallel=parallel)
+    # 16 heads over as many processes, and three of those in a ring: a third of 4,128 keys.
+    full = attention_layers(config, (16, 32, 32))[0]
+    assert (full.keys, full.in_parts) == (1376, True)
+    assert kernels_by_layer(config, (16, 32, 32), CPU)["full"] == "reference"
+    asked = replace(config, kernels=KernelConfig(self_attention="sdpa"))
+    with pytest.raises(ValueError, match='by "sdpa" does not tell'):
+        kernels_by_layer(asked, (16, 32, 32), CPU)
 
 
 def test_kernels_that_are_wrong_are_named_and_ruled_out(monkeypatch):

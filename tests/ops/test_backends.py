@@ -17,6 +17,12 @@ from longtake.ops import cudnn_attention, fa4_attention, kernels
 from longtake.ops.attention import backend_problem, self_attention
 from longtake.ops.fa4_attention import RIGHT_HEAD_SIZES, padded_head_size
 from longtake.ops.kernels import KernelConfig, kernels_as
+from longtake.ops.partial_attention import (
+    accumulation_dtype,
+    merge_part,
+    partial_attention,
+    partial_attention_backward,
+)
 from longtake.ops.plain_attention import attention_reference
 
 torch.set_num_threads(1)
@@ -38,6 +44,20 @@ def with_gradient(attend, qkv, weight):
     out = attend(qkv)
     (gradient,) = torch.autograd.grad(out, qkv, weight)
     return out.detach(), gradient
+
+
+def in_parts(name, qkv, weight, lengths):
+    """Output and gradient from keys in parts of these lengths, as they travel: k beside v."""
+    q, parts = qkv[:, :, 0], qkv[:, :, 1:].movedim(2, 0).contiguous().split(lengths, dim=2)
+    results = [partial_attention(name, q, *part) for part in parts]
+    out, lse = results[0][0].to(accumulation_dtype(q.dtype)), results[0][1]
+    for part_out, part_lse in results[1:]:
+        merge_part(out, lse, part_out, part_lse)
+    out = out.to(q.dtype)
+    gradients = [partial_attention_backward(name, weight, q, *part, out, lse) for part in parts]
+    dq = sum(gradient[0].to(accumulation_dtype(q.dtype)) for gradient in gradients).to(q.dtype)
+    dk, dv = (torch.cat([gradient[i] for gradient in gradients], dim=1) for i in (1, 2))
+    return out, torch.stack([dq, dk, dv], dim=2)
 
 
 def by_reference(qkv):
@@ -104,7 +124,7 @@ def aten_backward(
     scale=None,
 ):
     assert attn_bias is cum_seq_q is cum_seq_k is None
-    assert max_q == max_k == query.shape[2]
+    assert (max_q, max_k) == (query.shape[2], key.shape[2])
     assert (dropout_p, is_causal, scale) == (0.0, False, None)
     assert philox_seed.dtype == philox_offset.dtype == torch.int64
     assert logsumexp.shape == (*query.shape[:3], 1)
@@ -123,7 +143,8 @@ def fa4_forward(q, k, v, *, softmax_scale, return_lse):
 
 
 def fa4_backward(q, k, v, out, dout, lse, *, softmax_scale, deterministic, dq, dk, dv):
-    assert q.shape == k.shape == v.shape == out.shape == dout.shape == dq.shape
+    assert q.shape == out.shape == dout.shape == dq.shape
+    assert k.shape == v.shape == dk.shape == dv.shape
     assert q.shape[-1] in RIGHT_HEAD_SIZES
     assert not deterministic
     inputs = (x.transpose(1, 2) for x in (dout, q, k, v, out))
@@ -161,6 +182,15 @@ def test_op_passes_arguments_and_packs_the_gradient(name, head_size, layout, sta
     result = with_gradient(lambda x: OPS[name][0](x)[0], layout(qkv), weight)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)  # the log-sum-exp is fp32
     assert all(x.is_contiguous() for x in result)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_parts_of_the_keys_make_up_the_whole(name, stand_ins):
+    qkv = draw_qkv(2, 7, 3, 2, 72)
+    weight = draw_qkv(2, 2, 7, 72).transpose(1, 2)
+    expected = with_gradient(by_reference, qkv, weight)
+    result = in_parts(name, qkv, weight, [3, 4])
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -378,9 +408,29 @@ def test_values_on_a_gpu(name, shape, dtype, is_compiled):
         result = with_gradient(
             torch.compile(attend, fullgraph=True) if is_compiled else attend, qkv, weight
         )
+    assert all(x.is_contiguous() for x in result)
+    assert_as_exact(result, qkv, weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lengths", [(512, 512), (1000, 1000, 48)], ids=str)
+@pytest.mark.parametrize("head_size", [64, 72])
+@pytest.mark.parametrize("name", [*OPS, "reference"])
+def test_values_in_parts_on_a_gpu(name, head_size, lengths, dtype):
+    problem = backend_problem(name, torch.device("cuda"), dtype, head_size)
+    if problem:
+        pytest.skip(problem)
+    qkv = draw_qkv(2, sum(lengths), 3, 4, head_size, dtype=dtype, device="cuda")
+    weight = draw_qkv(2, sum(lengths), 4, head_size, dtype=dtype, device="cuda")
+    assert_as_exact(in_parts(name, qkv, weight, list(lengths)), qkv, weight)
+
+
+def assert_as_exact(result, qkv, weight):
+    """As near to float64 as twice the error of explicit scores in the dtype of qkv."""
     plain = with_gradient(by_reference, qkv, weight)
     exact = with_gradient(by_reference, qkv.double(), weight.double())
     for tensor, ours, theirs, right in zip(("out", "dqkv"), result, plain, exact, strict=True):
         error, allowed = (ours - right).abs().max(), 2 * (theirs - right).abs().max()
         assert error <= allowed + 1e-3 * right.abs().max(), tensor
-        assert ours.is_contiguous()

@@ -45,7 +45,8 @@ def test_every_implementation_agrees_with_plain_torch(operation):
     assert [result.reason for result in results if not result.passed] == []
     checked = {result.check.implementation for result in results}
     can_run_triton = kernels.runs_triton(DEVICE) or kernels.is_interpreted()
-    assert not can_run_triton or "triton" in checked
+    has_triton_kernel = "triton" in OPERATIONS[operation].implementations
+    assert ("triton" in checked) == (can_run_triton and has_triton_kernel)
     assert {result.check.operation for result in results} <= {operation}
 
 
@@ -63,6 +64,7 @@ def test_every_fused_operation_is_checked():
     kinds = {
         "flash_attention": "self_attention",
         "text_attention": "cross_attention",
+        "partial_attention_backward": "partial_attention",
     }
     expected = {kinds.get(name, name) for name in found - has_no_kernel}
     assert expected <= set(OPERATIONS)
@@ -284,7 +286,7 @@ def test_checks_leave_the_random_state_and_the_choices_alone():
 
 def test_without_a_gpu_or_the_interpreter_only_pytorch_is_checked(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert {check.implementation for check in checks(CPU)} == {"sdpa"}
+    assert {check.implementation for check in checks(CPU)} == {"sdpa", "reference"}
     absent = numerics.absent(CPU)
     assert set(absent) == {"triton", "fa4", "cudnn"}
     assert all("cpu" in problem for problem in absent.values())

@@ -38,7 +38,7 @@ from longtake.training import Ema, EmaConfig, OptimizerConfig, build_optimizer
 NAMES = ("dit", "pixart", "stdit", "stdit2", "latte")
 BATCH = 4
 CAPTION = 5
-SIZES = {"hidden_size": 32, "depth": 2, "num_heads": 4, "caption_channels": 8, "num_classes": 3}
+SIZES = {"hidden_size": 32, "depth": 2, "caption_channels": 8, "num_classes": 3}
 
 EVEN = (4, 4, 8)
 """Latent frames, rows and columns: 4 patches in time, 8 in space."""
@@ -62,6 +62,7 @@ class Case:
     objective: str = "flow"
     latents: tuple[int, int, int] = UNEVEN
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    num_heads: int = 4
     accumulation: int = 1
     kernels: KernelConfig = PLAIN
     piece_tokens: int = branches.PIECE_TOKENS
@@ -82,6 +83,7 @@ def build(case: Case):
         size="tiny",
         max_caption_tokens=CAPTION,
         learn_sigma=case.objective == "iddpm",
+        num_heads=case.num_heads,
         **SIZES,
     )
 
@@ -156,7 +158,8 @@ def in_double(cases: list[Case]) -> list[tuple[float, dict[str, torch.Tensor]]]:
         init_weights(model, seed=0, write=write_shaken)
         names = [name for name, _ in model.named_parameters()]
         if mesh.token_group is not None:
-            split_sequence(model, mesh.token_group)
+            in_halves = case.parallel.exchange_in_halves
+            split_sequence(model, mesh.token_group, in_halves=in_halves)
         assert [name for name, _ in model.named_parameters()] == names
         inputs = inputs_of(case, _own_samples(mesh), dtype=torch.float64)
         loss = loss_of(model, case, inputs)
@@ -237,18 +240,76 @@ def _run(case: Case, mesh: Mesh, steps: int) -> tuple[list[float], list[float]]:
 
 
 class CountExchanged(TorchDispatchMode):
-    """Counts the bytes that this process puts into all-to-alls, within the context."""
+    """Counts the bytes that this process puts into all-to-alls and sends around rings, within the
+    context."""
 
-    bytes = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.ring_bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops._c10d_functional.all_to_all_single.default:
             self.bytes += args[0].numel() * args[0].element_size()
         return func(*args, **(kwargs or {}))
 
+    def __enter__(self):
+        self._batch_isend_irecv = dist.batch_isend_irecv
+        dist.batch_isend_irecv = self._counted
+        return super().__enter__()
 
-def exchanged(cases: list[Case]) -> list[tuple[int, int]]:
-    """Bytes in all-to-alls, forward and backward, of one sample."""
+    def __exit__(self, *exception):
+        dist.batch_isend_irecv = self._batch_isend_irecv
+        super().__exit__(*exception)
+
+    def _counted(self, moves):
+        sent = [move.tensor for move in moves if move.op is dist.isend]
+        self.ring_bytes += sum(x.numel() * x.element_size() for x in sent)
+        return self._batch_isend_irecv(moves)
+
+
+class Sequence(TorchDispatchMode):
+    """Notes in which order all-to-alls are begun (s), waited for (w), and products computed (m)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events = ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        collectives, aten = torch.ops._c10d_functional, torch.ops.aten
+        if func is collectives.all_to_all_single.default:
+            self.events += "s"
+        elif func is collectives.wait_tensor.default:
+            self.events += "w"
+        elif func in (aten.mm.default, aten.addmm.default) and not self.events.endswith("m"):
+            self.events += "m"
+        return func(*args, **(kwargs or {}))
+
+
+def orders_of_events(cases: list[Case]) -> list[tuple[str, str]]:
+    """Of the first temporal branch, forward and backward."""
+    return [_order_of_events(case) for case in cases]
+
+
+def _order_of_events(case: Case) -> tuple[str, str]:
+    mesh = build_mesh(case.parallel, start_distributed("cpu"))
+    model = build(case)
+    init_weights(model, seed=0, write=write_shaken)
+    assert mesh.token_group is not None
+    split_sequence(model, mesh.token_group, in_halves=case.parallel.exchange_in_halves)
+    branch = next(module for name, module in model.named_modules() if name.endswith("attn_temp"))
+    shapes = []
+    branch.register_forward_pre_hook(lambda _, args: shapes.extend(x.shape for x in args))
+    loss_of(model, case, inputs_of(case, range(1)))
+    stream, *rows = (torch.randn(shape, requires_grad=True) for shape in shapes[:4])
+    with Sequence() as forward:
+        out = branch(stream, *rows)
+    with Sequence() as backward:
+        out.sum().backward()
+    return forward.events, backward.events
+
+
+def exchanged(cases: list[Case]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Bytes of one sample, forward and backward: in all-to-alls, and around rings."""
     device = start_distributed("cpu")
     results = []
     for case in cases:
@@ -257,7 +318,8 @@ def exchanged(cases: list[Case]) -> list[tuple[int, int]]:
             loss = loss_of(model, case, inputs_of(case, range(1)))
         with CountExchanged() as backward:
             loss.backward()
-        results.append((forward.bytes, backward.bytes))
+        in_all_to_alls = forward.bytes, backward.bytes
+        results.append((in_all_to_alls, (forward.ring_bytes, backward.ring_bytes)))
     return results
 
 
@@ -277,7 +339,8 @@ def parallel_model(case: Case, mesh: Mesh):
 
 def errors_of(found, case: Case, dtype=torch.float32) -> dict[str, float]:
     """By name, how far loss and gradients are from plain PyTorch's, relative to their norms."""
-    loss, gradients = alone(Case(case.model, case.objective, case.latents), dtype)
+    plain = Case(case.model, case.objective, case.latents, num_heads=case.num_heads)
+    loss, gradients = alone(plain, dtype)
     assert found[1].keys() == gradients.keys()
     errors = {"loss": abs(found[0] - loss) / abs(loss)}
     for name, gradient in gradients.items():

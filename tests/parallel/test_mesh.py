@@ -6,7 +6,12 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from longtake.parallel import ParallelConfig, build_mesh, start_distributed, stop_distributed
-from longtake.parallel.mesh import compute_dtype, resolve_degrees
+from longtake.parallel.mesh import (
+    attention_degrees,
+    compute_dtype,
+    divide_group,
+    resolve_degrees,
+)
 from tests.processes import run_in_processes
 
 
@@ -78,6 +83,35 @@ def test_a_token_group_is_of_neighbours_and_sees_the_same_samples():
         (1, 0, [2, 3], weights),
         (1, 1, [2, 3], weights),
     ]
+
+
+@pytest.mark.parametrize(
+    ("sp", "num_heads", "degrees"),
+    [(1, 16, (1, 1)), (8, 16, (8, 1)), (32, 16, (16, 2)), (3, 16, (1, 3)), (6, 4, (2, 3))],
+)
+def test_attention_goes_by_heads_as_far_as_they_divide(sp, num_heads, degrees):
+    assert attention_degrees(sp, num_heads) == degrees
+
+
+def _divided(sp, num_heads):
+    mesh = build_mesh(ParallelConfig(sp=sp), start_distributed("cpu"))
+    return [
+        group and (group.rank, dist.get_process_group_ranks(_resolve_process_group(group.name)))
+        for group in divide_group(mesh.token_group, num_heads)
+    ]
+
+
+def test_a_token_group_is_divided_into_neighbours_and_rings():
+    found = run_in_processes(_divided, 8, 4, 2)
+    for first in (0, 4):
+        assert found[first : first + 4] == [
+            [(0, [first, first + 1]), (0, [first, first + 2])],
+            [(1, [first, first + 1]), (0, [first + 1, first + 3])],
+            [(0, [first + 2, first + 3]), (1, [first, first + 2])],
+            [(1, [first + 2, first + 3]), (1, [first + 1, first + 3])],
+        ]
+    assert run_in_processes(_divided, 2, 2, 4)[1] == [(1, [0, 1]), None]
+    assert run_in_processes(_divided, 2, 2, 1)[1] == [None, (1, [0, 1])]
 
 
 def _lonely():

@@ -4,15 +4,15 @@ tried here in a few layouts, `make matrix` tries in all."""
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
 
-from longtake.models import build_model
-from longtake.ops.kernels import KernelConfig
+from longtake.ops.kernels import KernelConfig, kernels_as
 from longtake.parallel.exchange import TokenGroup
-from longtake.parallel.sequence import split_sequence
-from longtake.planning import exchanged_bytes, token_grid
+from longtake.parallel.ring import ring_attention
+from longtake.planning import exchanged_bytes, ring_bytes, token_grid
 from tests.parallel.sequence_cases import (
     EVEN,
     FUSED,
@@ -25,6 +25,7 @@ from tests.parallel.sequence_cases import (
     errors_of,
     exchanged,
     in_double,
+    orders_of_events,
     runs,
     sharded,
 )
@@ -42,8 +43,28 @@ def test_in_double_every_model_has_the_gradients_of_one_process():
         # One frame: the other process has none, or half of the frame's tokens.
         Case("stdit2", "flow", IMAGE).on(sp=2),
         Case("dit", "iddpm", IMAGE).on(sp=2),
+        # 9 places as 6 and 3, 8 as 4 and 4.
+        Case("stdit2").on(sp=2, exchange_in_halves=True),
+        Case("latte", "iddpm", EVEN).on(sp=2, exchange_in_halves=True),
     ]
     for results in run_in_processes(in_double, 2, cases, timeout_seconds=120):
+        for case, found in zip(cases, results, strict=True):
+            assert_same(found, case, tolerance=DOUBLE, dtype=torch.float64)
+
+
+# 27 tokens, the last chunk shorter; 6 tokens, of which the last of four processes has none.
+RINGS = {
+    "2": (2, [Case("dit", num_heads=1)]),
+    "3": (3, [Case("pixart", num_heads=2), Case("dit", "iddpm", EVEN, num_heads=2)]),
+    "4": (4, [Case("pixart", "iddpm", IMAGE, num_heads=1)]),
+    "heads 2 x ring 2": (4, [Case("pixart", num_heads=2), Case("dit", "iddpm", num_heads=2)]),
+}
+
+
+@pytest.mark.parametrize(("sp", "cases"), RINGS.values(), ids=RINGS)
+def test_in_double_beyond_the_heads_gradients_are_those_of_one_process(sp, cases):
+    cases = [case.on(sp=sp) for case in cases]
+    for results in run_in_processes(in_double, sp, cases, timeout_seconds=120):
         for case, found in zip(cases, results, strict=True):
             assert_same(found, case, tolerance=DOUBLE, dtype=torch.float64)
 
@@ -54,6 +75,8 @@ def test_sharded_checkpointed_compiled_and_accumulated_it_stays_the_same():
         Case("stdit").on(sp=2, checkpointing="none"),
         Case("stdit", accumulation=2).on(sp=2, checkpointing="full", compile=True),
         Case("stdit2", "iddpm").on(sp=2, compile=True),
+        Case("stdit").on(sp=2, compile=True, exchange_in_halves=True),
+        Case("latte").on(sp=2, checkpointing="full", exchange_in_halves=True),
         Case("pixart", accumulation=2).on(sp=2, checkpointing="full"),
         Case("pixart", "iddpm", EVEN).on(sp=2, compile=True),
         Case("latte").on(sp=2, compile=True, checkpointing="full"),
@@ -64,6 +87,8 @@ def test_sharded_checkpointed_compiled_and_accumulated_it_stays_the_same():
         Case("pixart", "iddpm", EVEN, piece_tokens=20).on(
             sp=2, checkpointing="nested", offload=True
         ),
+        Case("pixart", num_heads=1).on(sp=2, compile=True, checkpointing="full"),
+        Case("dit", "iddpm", num_heads=1, accumulation=2).on(sp=2),
     ]
     for results in run_in_processes(sharded, 2, cases, timeout_seconds=200):
         for case, found in zip(cases, results, strict=True):
@@ -92,6 +117,8 @@ def test_with_data_parallel_groups_it_stays_the_same():
         Case("stdit2").on(sp=2),
         Case("pixart").on(sp=2, dp_replicate=2),
         Case("stdit", "iddpm").on(sp=4),  # one process has no frame at all
+        Case("pixart", num_heads=1).on(sp=2, dp_replicate=2),
+        Case("pixart", num_heads=2).on(sp=4, compile=True),
     ]
     for results in run_in_processes(sharded, 4, cases, timeout_seconds=200):
         for case, found in zip(cases, results, strict=True):
@@ -118,6 +145,7 @@ def test_on_two_gpus_it_stays_the_same():
         Case("stdit2", "iddpm"),
         Case("latte"),
         Case("pixart", "iddpm"),
+        Case("pixart", num_heads=1),
     ]
     single = [case.on(sp=2, param_dtype="fp32", compile=False) for case in cases]
     for results in run_in_processes(sharded, 2, single, "cuda", timeout_seconds=250):
@@ -128,8 +156,9 @@ def test_on_two_gpus_it_stays_the_same():
     half = [replace(case, kernels=KernelConfig()) for case in cases]
     (lone,) = run_in_processes(sharded, 1, half, "cuda", timeout_seconds=250)
     spread = [case.on(sp=2) for case in half]
-    for results in run_in_processes(sharded, 2, spread, "cuda", timeout_seconds=250):
-        for case, found, same in zip(half, results, lone, strict=True):
+    spread += [case.on(sp=2, exchange_in_halves=True) for case in half[:3]]
+    for results in run_in_processes(sharded, 2, spread, "cuda", timeout_seconds=350):
+        for case, found, same in zip(spread, results, lone + lone[:3], strict=True):
             allowed = errors_of(same, case)
             for name, error in errors_of(found, case).items():
                 assert error <= 2 * allowed[name] + 1e-3, (case.model, name, error, allowed[name])
@@ -146,23 +175,35 @@ def test_what_is_exchanged_is_what_the_formula_says():
             ("dit", UNEVEN, "selective"),
         )
     ]
-    for results in run_in_processes(exchanged, 2, cases):
-        for case, (forward, backward) in zip(cases, results, strict=True):
-            grid = token_grid(case.latents)
-            expected = exchanged_bytes(
-                case.model,
-                grid,
-                hidden_size=SIZES["hidden_size"],
-                depth=SIZES["depth"],
-                sp=2,
-                bytes_per_value=4,
-            )
-            again = expected if case.parallel.checkpointing == "full" else 0
-            assert (forward, backward) == (expected, expected + again), case
+    cases.append(Case("stdit2", latents=UNEVEN).on(sp=2, exchange_in_halves=True))
+    cases.append(Case("dit", num_heads=1).on(sp=2, checkpointing="full"))
+    _assert_exchanged(cases, 2, ring=lambda case: 1 if case.num_heads > 1 else 2)
+    _assert_exchanged([Case("pixart", num_heads=2).on(sp=4)], 4, ring=lambda case: 2)
 
 
-def test_heads_that_do_not_divide_are_named_with_the_choices():
-    with torch.device("meta"):
-        model = build_model("pixart", "tiny")
-    with pytest.raises(ValueError, match=r"sp=3 must divide .* num_heads=4.* sp=1, 2, 4"):
-        split_sequence(model, TokenGroup("none", size=3, rank=0))
+def _assert_exchanged(cases, sp, *, ring):
+    for results in run_in_processes(exchanged, sp, cases):
+        for case, (in_all_to_alls, around) in zip(cases, results, strict=True):
+            where = case.model, token_grid(case.latents)
+            sizes = {"hidden_size": SIZES["hidden_size"], "depth": SIZES["depth"], "sp": sp}
+            sizes |= {"ring": ring(case), "bytes_per_value": 4}
+            again = case.parallel.checkpointing == "full"
+            expected = exchanged_bytes(*where, **sizes)
+            assert in_all_to_alls == (expected, expected * (1 + again)), case
+            expected = ring_bytes(*where, **sizes)
+            assert around == (expected, expected * (2 + again)), case
+
+
+def test_one_half_of_the_places_travels_while_the_other_is_computed_with():
+    whole, halves = (Case("stdit2").on(sp=2, exchange_in_halves=choice) for choice in (False, True))
+    for orders in run_in_processes(orders_of_events, 2, [whole, halves]):
+        assert orders == [("swmsw", "swmsw"), ("sswmswmsww", "sswmswmsww")]
+
+
+def test_kernels_that_cannot_go_around_a_ring_are_refused():
+    ring = TokenGroup("none", size=2, rank=0, timeout=timedelta(seconds=1))
+    with (
+        kernels_as(KernelConfig(self_attention="triton")),
+        pytest.raises(ValueError, match=r'self-attention by "triton" .* divisor of the model'),
+    ):
+        ring_attention(torch.zeros(1, 4, 3, 2, 8), ring, num_tokens=8)

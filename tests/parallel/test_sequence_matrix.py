@@ -4,12 +4,14 @@ minutes and up to 16 processes, so `make matrix` runs it."""
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.parallel.sequence_cases import (
     EVEN,
+    IMAGE,
     NAMES,
     UNEVEN,
     Case,
@@ -36,6 +38,20 @@ LAYOUTS = [(dp, sp) for dp in (1, 2, 4) for sp in (1, 2, 4)]
 @pytest.mark.parametrize(("dp", "sp"), LAYOUTS)
 def test_loss_and_gradients_are_those_of_one_process(dp, sp):
     cases = [case.on(sp=sp) for case in CASES]
+    for results in run_in_processes(in_double, dp * sp, cases, timeout_seconds=1500):
+        for case, found in zip(cases, results, strict=True):
+            assert_same(found, case, tolerance=1e-12, dtype=torch.float64)
+
+
+# Heads by which some of the processes are spread, and the rest, or all, are a ring.
+RINGS = [(1, 2, 1), (1, 3, 2), (2, 2, 1), (1, 4, 1), (1, 4, 2), (2, 4, 2), (1, 6, 2), (1, 8, 4)]
+RING_CASES = [case for case in CASES if case.model in ("dit", "pixart")]
+RING_CASES += [Case("pixart", latents=IMAGE), Case("dit", "iddpm", IMAGE)]
+
+
+@pytest.mark.parametrize(("dp", "sp", "num_heads"), RINGS)
+def test_beyond_the_heads_loss_and_gradients_are_those_of_one_process(dp, sp, num_heads):
+    cases = [replace(case.on(sp=sp), num_heads=num_heads) for case in RING_CASES]
     for results in run_in_processes(in_double, dp * sp, cases, timeout_seconds=1500):
         for case, found in zip(cases, results, strict=True):
             assert_same(found, case, tolerance=1e-12, dtype=torch.float64)

@@ -1,6 +1,6 @@
 import pytest
 
-from longtake.planning import TokenGrid, exchanged_bytes, sharding_traffic
+from longtake.planning import TokenGrid, exchanged_bytes, ring_bytes, sharding_traffic
 
 # 64 frames of 512 x 512: 64 x 1024 tokens of 1152 values in bf16.
 GRID = TokenGrid(64, 1024)
@@ -24,6 +24,17 @@ def test_fillers_travel_along():
     # 3 frames as 4, 5 places as 6; 15 tokens as 16.
     assert _bytes("stdit", TokenGrid(3, 5), 2, depth=1) == 2 * (4 * 6 // 2) * 1152 * 2
     assert _bytes("pixart", TokenGrid(3, 5), 2, depth=1) == 4 * (16 // 2) * 1152 * 2
+
+
+@pytest.mark.parametrize(
+    ("sp", "ring", "exchanged", "around"), [(8, 1, 4, 0), (32, 2, 4, 2), (3, 3, 0, 4)]
+)
+def test_a_ring_sends_keys_and_values_to_all_but_itself(sp, ring, exchanged, around):
+    sizes = {"hidden_size": 1152, "depth": 28, "sp": sp, "ring": ring}
+    tokens = -(-64 * 1024 // sp)
+    assert exchanged_bytes("pixart", GRID, **sizes) == exchanged * 28 * tokens * 1152 * 2
+    assert ring_bytes("pixart", GRID, **sizes) == around * 28 * tokens * 1152 * 2
+    assert ring_bytes("stdit", GRID, **sizes) == 0
 
 
 def test_one_process_sends_nothing():

@@ -228,6 +228,19 @@ def _with_sampling_and_validation(folder, manifest):
     )
 
 
+def test_a_run_says_what_goes_around_its_rings(tmp_path, manifest):
+    config = labelled(tiny_config(tmp_path, manifest))
+    arguments = ["--config", save_config(config), "--train.steps", 1, "--model.num-heads", 1]
+    first, second = longtake_in(2, "train", *arguments, "--parallel.sp", 2)
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert "sp=2 is more than divides num_heads=1: attention goes around rings of 2" in first.err
+    record = json.loads((run_folder(config) / "run.json").read_text())
+    assert record["parallel"]["ring"] == 2
+    assert set(record["parallel"]["exchanged_mib_per_sample"].values()) == {0}
+    assert all(mib > 0 for mib in record["parallel"]["ring_mib_per_sample"].values())
+    assert {layers["full"] for layers in record["compute"]["kernels"].values()} == {"reference"}
+
+
 def test_processes_that_share_tokens_train_as_one(tmp_path, manifest):
     alone = _with_sampling_and_validation(tmp_path / "alone", manifest)
     reference = train(alone)
