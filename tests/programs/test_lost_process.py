@@ -53,11 +53,10 @@ def undisturbed(tmp_path_factory, manifest):
 def test_a_run_that_loses_a_process_goes_on_from_its_checkpoint(
     tmp_path, manifest, undisturbed, number
 ):
-    config = _config(tmp_path, manifest, timeout_seconds=5)
+    config = _config(tmp_path, manifest, timeout_seconds=8)
     folder = run_folder(config)
     output = tmp_path / "output.txt"
-    # The agent gives processes 30 s to end; one that is stopped needs a SIGKILL.
-    environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "--max-restarts", "1", "-m", "longtake", "train"]
     with (
@@ -74,7 +73,8 @@ def test_a_run_that_loses_a_process_goes_on_from_its_checkpoint(
             os.kill(_worker(torchrun.pid, rank=1), number)
             saved = steps_saved(folder / "checkpoints")[0]
             assert saved < STEPS, "it was over before anything could go wrong"
-            assert torchrun.wait(150) == 0, output.read_text()
+            # A process that is stopped takes torchrun 30 s: it asks first, and kills then.
+            assert torchrun.wait(200) == 0, output.read_text()
         finally:
             torchrun.kill()
 
@@ -83,12 +83,14 @@ def test_a_run_that_loses_a_process_goes_on_from_its_checkpoint(
     assert resumed, text
     assert saved <= int(resumed[1]) < STEPS
     if number == signal.SIGSTOP:
-        assert re.search(r"nothing has moved for \d s since .* parallel.timeout_seconds=5", text)
+        assert re.search(r"nothing has moved for \d+ s since .* parallel.timeout_seconds=8", text)
         assert re.search(r"rank 0 .*: no sign of life from rank 1 \(\S+, process \d+\)", text)
         assert "train.py" in text.split("Where its threads are:")[1]
     else:
         assert "rank 0" in text
-        assert "has lost another process" in " ".join(text.split())
+        # Once in a while gloo does not notice that the other side is gone.
+        words = " ".join(text.split())
+        assert "has lost another process" in words or "nothing has moved" in words
     assert numbers(folder) == numbers(undisturbed)
     assert_same_bits(folder, undisturbed)
 
