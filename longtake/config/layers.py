@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from longtake.config.run import RunConfig
-from longtake.config.work import ring_size
 from longtake.ops.kernels import (
     Kind,
     attention_backend,
@@ -17,7 +16,7 @@ from longtake.ops.kernels import (
     rule_out,
     ruled_out,
 )
-from longtake.parallel import compute_dtype, gather_json
+from longtake.parallel import attention_degrees, compute_dtype, gather_json
 from longtake.planning import token_grid
 
 
@@ -30,6 +29,14 @@ class AttentionLayer:
     keys: int
     in_parts: bool = False
     """Whether keys come in parts, around a ring of processes: `keys` are those of a part."""
+
+
+def ring_size(config: RunConfig) -> int:
+    """How many processes pass keys and values around; 1 where nothing but all-to-alls is needed."""
+    if config.model.name not in ("dit", "pixart"):
+        return 1
+    _, _, num_heads = config.model.dimensions
+    return attention_degrees(config.parallel.sp, num_heads)[1]
 
 
 def attention_layers(config: RunConfig, latents: tuple[int, int, int]) -> list[AttentionLayer]:

@@ -6,9 +6,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from longtake.config.layers import kernels_by_layer
+from longtake.config.layers import kernels_by_layer, ring_size
 from longtake.config.run import RunConfig
-from longtake.config.work import exchanged_mib, latents_of_bucket, ring_size
+from longtake.config.work import exchanged_mib, latents_of_bucket
 from longtake.data import Manifest
 from longtake.encoders import TextEncoder, VideoEncoder
 from longtake.models import Model

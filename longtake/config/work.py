@@ -8,11 +8,11 @@ from typing import TypedDict
 import torch
 from torch import nn
 
-from longtake.config.layers import kernels_by_layer
+from longtake.config.layers import kernels_by_layer, ring_size
 from longtake.config.run import RunConfig
 from longtake.data import Bucket
 from longtake.encoders import VideoEncoder
-from longtake.parallel import PIECE_TOKENS, Mesh, attention_degrees, compute_dtype
+from longtake.parallel import PIECE_TOKENS, Mesh, compute_dtype
 from longtake.planning import (
     PeakMemory,
     exchanged_bytes,
@@ -124,14 +124,6 @@ def largest_peak(
     ]
     known = [peak for peak in peaks if peak is not None]
     return max(known, key=lambda peak: peak.total, default=None)
-
-
-def ring_size(config: RunConfig) -> int:
-    """How many processes pass keys and values around; 1 where nothing but all-to-alls is needed."""
-    if config.model.name not in ("dit", "pixart"):
-        return 1
-    _, _, num_heads = config.model.dimensions
-    return attention_degrees(config.parallel.sp, num_heads)[1]
 
 
 def exchanged_mib(
