@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import get_args, get_type_hints
 
 from longtake.benchmark.records import Encoders, Figure
-from longtake.config import PRESETS, RunConfig, preset, with_encoder_weights
+from longtake.config import RunConfig, preset, with_encoder_weights
 from longtake.data import Bucket
 from longtake.models import ModelConfig
 from longtake.parallel import ParallelConfig
@@ -204,10 +204,7 @@ def _on_two(
     policies: tuple[str, ...] | None = None,
     **fields: object,
 ) -> tuple[Row, ...]:
-    """The row of a preset on two GPUs, which take samples each or share their tokens; nothing
-    without such a preset."""
-    if name not in PRESETS:
-        return ()
+    """The row of a preset on two GPUs, which take samples each or share their tokens."""
     own = preset(name).parallel.checkpointing
     row = _video(
         key,

@@ -18,22 +18,24 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
     place, and returns it.
 
     The model is best still on the meta device; then come `materialize` and the weights. The order
-    matters: the exchanges of tokens are part of the compiled graph, recomputation calls it, and
-    weights are gathered outside of both. All processes of the run must call it together.
+    matters: recomputation calls what is compiled, and weights are gathered outside of both. All
+    processes of the run must call it together.
     """
     blocks = model.blocks
     assert isinstance(blocks, nn.ModuleList), "a model's blocks are its units of sharding"
-    if mesh.token_group is not None:
-        split_sequence(model, mesh.token_group, in_halves=config.exchange_in_halves)
+    # Tokens travel within what is compiled; but where branches run in pieces, around all of them.
+    nested = config.checkpointing == "nested"
+    if not nested:
+        _split(model, mesh, config)
     if is_compiled(config, mesh.device):
         if config.exchange_in_halves:
             overlap_exchanges()
-        # Pieces of a branch are what is computed at a time where branches run in pieces.
-        nested = config.checkpointing == "nested"
         compile_blocks(branch for b in blocks for branch in (branches_of(b) if nested else (b,)))
     # Around the graph: within it, PyTorch 2.11 keeps whatever the operations with a backward of
     # their own save, which is nearly everything.
     checkpoint_blocks(blocks, config.checkpointing, offload=config.offload)
+    if nested:
+        _split(model, mesh, config)
     shard_blocks(
         model,
         blocks,
@@ -44,6 +46,11 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
         accumulate_shards=config.zero >= 2 and mesh.num_shards > 1,
     )
     return model
+
+
+def _split(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> None:
+    if mesh.token_group is not None:
+        split_sequence(model, mesh.token_group, in_halves=config.exchange_in_halves)
 
 
 def is_compiled(config: ParallelConfig, device: torch.device) -> bool:
