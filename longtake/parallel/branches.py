@@ -67,8 +67,9 @@ def _run(
         return _joined(lambda piece: forward(_part(x_BND, piece), *rest), x_BND, pieces)
     # Read anew at every call: FSDP gives a module other parameters while they are gathered.
     params = tuple(branch.parameters())
-    inputs = _Inputs.apply(x_BND, *rest).grad_fn  # pyright: ignore[reportOptionalMemberAccess]
-    return _InPieces.apply(forward, pieces, inputs, len(rest), x_BND, *rest, *params)
+    inputs = _Inputs.apply(x_BND, *rest)
+    # In a list, so that it is no input of the graph.
+    return _InPieces.apply(forward, pieces, [inputs], len(rest), x_BND, *rest, *params)
 
 
 @dataclass(frozen=True)
@@ -133,12 +134,13 @@ class _InPieces(torch.autograd.Function):
         ctx: Any,
         run: Callable[..., Tensor],
         pieces: list[_Piece],
-        inputs: Any,
+        inputs: list[Tensor],
         num_rest: int,
         x_BND: Tensor,
         *rest_and_params: Tensor | None,
     ) -> Tensor:
-        ctx.run, ctx.pieces, ctx.inputs = run, pieces, inputs
+        # The tensor and not its node: in PyTorch 2.11 a node lives no longer than its tensors.
+        ctx.run, ctx.pieces, (ctx.inputs,) = run, pieces, inputs
         rest, ctx.params = rest_and_params[:num_rest], rest_and_params[num_rest:]
         rest = tuple(map(_leaf, rest))
 
@@ -152,7 +154,7 @@ class _InPieces(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout_BND: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        x_BND, *rest = ctx.inputs.saved_tensors
+        x_BND, *rest = ctx.inputs.grad_fn.saved_tensors
         rest = list(map(_leaf, rest))
         shared = [t for t in (*rest, *ctx.params) if t is not None and t.requires_grad]
         sums: list[Tensor] = []

@@ -179,7 +179,9 @@ def _sent(x: Tensor, name: str, size: int, scatter_dim: int) -> Tensor:
 def _arrived(parts: Tensor, gather_dim: int, length: int) -> Tensor:
     """Parts by sender, one behind the other along gather_dim."""
     x = _ops.wait_tensor(parts).movedim(0, gather_dim).flatten(gather_dim, gather_dim + 1)
-    return x.narrow(gather_dim, 0, length).contiguous()
+    # A copy also where all lies in order already: on PyTorch 2.11 compiled gradients that pass
+    # through a view of what arrived are an error or, worse, wrong.
+    return x.narrow(gather_dim, 0, length).clone(memory_format=torch.contiguous_format)
 
 
 def _filled(x: Tensor, dim: int, length: int) -> Tensor:

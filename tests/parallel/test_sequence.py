@@ -100,7 +100,8 @@ def test_on_fused_kernels_it_stays_the_same():
     pytest.importorskip("triton")
     cases = [
         Case("stdit2", kernels=FUSED).on(sp=2, compile=True),
-        Case("stdit", kernels=FUSED).on(sp=2),
+        # Micro-batches of one arrive in order: PyTorch 2.11 took what needs no copy for a view.
+        Case("stdit", kernels=FUSED, accumulation=4).on(sp=2, compile=True, checkpointing="none"),
         Case("pixart", kernels=FUSED).on(sp=2, compile=True, checkpointing="full"),
         Case("stdit", kernels=FUSED, piece_tokens=40).on(
             sp=2, compile=True, checkpointing="nested"
