@@ -215,7 +215,7 @@ def check_data(recipe: Recipe, data: DataConfig, name: str) -> None:
     if data.flip and not recipe.flips:
         raise ValueError(
             f"data.flip=True, but the latent store {name} holds no mirrored clips: set "
-            "data.flip=False, or encode again with --data.flip true"
+            "data.flip=False, or encode again with --data.flip True"
         )
     is_random = data.clip_position == "random"
     if is_random and data.clip_places not in (0, recipe.places):
