@@ -115,7 +115,7 @@ class _Bench:
         timed = self._attempt(micro_batch, protocol, with_parts=True)
         if timed is None:
             raise DoesNotFit(f"out of memory at micro-batch {micro_batch}")
-        return self._describe(micro_batch, timed, trials)
+        return self._describe(micro_batch, timed, trials, predicted)
 
     def _size(self) -> tuple[int, list[Trial]]:
         """The micro-batch to be timed, and what the search for it tried."""
@@ -215,13 +215,18 @@ class _Bench:
             free_memory(self.mesh.device)
         return timed
 
-    def _describe(self, micro_batch: int, timed: _Timed, trials: list[Trial]) -> Measurement:
+    def _describe(
+        self,
+        micro_batch: int,
+        timed: _Timed,
+        trials: list[Trial],
+        predicted: PeakMemory | None,
+    ) -> Measurement:
         config, mesh = self.config, self.mesh
         subject = self._get_subject()
         work = work_of_latents(config, self.latents[1:], samples=1)
         # Per device: the processes of a token group share a micro-batch.
         rate = 1000 * micro_batch / mesh.sp / timed.timing.median_ms
-        predicted = self._predicted(micro_batch)
         dtype = compute_dtype(config.parallel, mesh.device)
         peak = None
         if mesh.device.type == "cuda" and dtype is torch.bfloat16:

@@ -203,7 +203,7 @@ def _on_two(
     micro_batch: int | None = None,
     policies: tuple[str, ...] | None = None,
     **fields: object,
-) -> tuple[Row, ...]:
+) -> Row:
     """The row of a preset on two GPUs, which take samples each or share their tokens."""
     own = preset(name).parallel.checkpointing
     row = _video(
@@ -219,7 +219,7 @@ def _on_two(
         **fields,  # pyright: ignore[reportArgumentType]
     )
     parallel = replace(row.config.parallel, sp=sp)
-    return (replace(row, config=replace(row.config, parallel=parallel)),)
+    return replace(row, config=replace(row.config, parallel=parallel))
 
 
 def _policies() -> tuple[str, ...]:
@@ -280,7 +280,7 @@ _ROWS = (
         ),
         known=(_META,),
     ),
-    *_on_two(
+    _on_two(
         "dit-256-dp2",
         "DiT-XL/2 256x256, dp=2",
         "dit-xl2-256",
@@ -304,7 +304,7 @@ _ROWS = (
             _known("Open-Sora 1.0's model, no checkpointing, compiled per block, batch 16", 22.2),
         ),
     ),
-    *_on_two(
+    _on_two(
         "stdit-16x256-dp2",
         "STDiT-XL/2 16x256, dp=2",
         "stdit-xl2-16x256",
@@ -345,7 +345,7 @@ _ROWS = (
         printed=(_printed("STDiT (GC) 64x512", 0.40, "encoders on-line"),),
         known=(_known("Open-Sora 1.0's model, checkpointing, batch 4", 0.71),),
     ),
-    *_on_two(
+    _on_two(
         "stdit-64x512-dp2",
         "STDiT-XL/2 64x512, dp=2",
         "stdit-xl2-64x512",
@@ -353,7 +353,7 @@ _ROWS = (
         micro_batch=1,
         policies=_policies(),
     ),
-    *_on_two(
+    _on_two(
         "stdit-64x512-sp2",
         "STDiT-XL/2 64x512, sp=2",
         "stdit-xl2-64x512",
@@ -373,14 +373,14 @@ _ROWS = (
         printed=(_printed("STDiT (GC, sp=2) 360x512", 0.10, _PER_PAIR),),
         known=(_known("Open-Sora 1.0's sequence parallelism on 2 GPUs, checkpointing", 0.102),),
     ),
-    *_on_two(
+    _on_two(
         "stdit-360x512-dp2",
         "STDiT-XL/2 360x512, dp=2",
         "stdit-xl2-360x512",
         "stdit-360x512",
         micro_batch=1,
     ),
-    *_on_two(
+    _on_two(
         "stdit-360x512-sp2",
         "STDiT-XL/2 360x512, sp=2",
         "stdit-xl2-360x512",
@@ -391,7 +391,7 @@ _ROWS = (
         known=(_known("Open-Sora 1.0's sequence parallelism on 2 GPUs, checkpointing", 0.102),),
     ),
     # Alone on a GPU a step of this would take minutes: there is nothing to compare it with.
-    *_on_two(
+    _on_two(
         "stdit-1min-1080p-sp2",
         "STDiT-XL/2 one minute of 1080p, sp=2",
         "stdit-xl2-1min-1080p",
