@@ -78,9 +78,7 @@ def _spread(
     """What an attention needs so that its tokens see those of other processes."""
     core = attention.core
     if isinstance(core, TemporalAttention):
-        # The forward of the instance and not a module around it: parameter names stay.
-        on_places = functools.partial(stream.on_places, attention.forward)
-        attention.forward = on_places  # pyright: ignore[reportAttributeAccessIssue]
+        _spread_places(attention, stream)
     elif isinstance(core, FullAttention):
         by_heads, in_ring = divide(attention.num_heads)
         if in_ring is not None:
@@ -89,6 +87,29 @@ def _spread(
             attention.core = UlyssesAttention(attention.core, by_heads, stream)
     else:
         assert isinstance(core, SpatialAttention), f"which tokens does {type(core).__name__} see?"
+
+
+def _spread_places(attention: SelfAttention, stream: _Stream) -> None:
+    """Makes a temporal branch run on a part of the places, under the same parameter names.
+
+    By another class and not by another forward of the instance: to the compiler, functions of
+    instances differ, and each block would be a graph of its own.
+    """
+    inner = vars(attention).pop("forward", None)
+    kind = type(attention)
+    attention.__class__ = _class_on_places(kind)
+    attention.stream = stream  # pyright: ignore[reportAttributeAccessIssue]
+    if inner is not None:  # compiled, or in pieces: tokens travel around it
+        attention.on_own_places = inner  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@functools.cache
+def _class_on_places(kind: type[SelfAttention]) -> type[SelfAttention]:
+    def forward(self: Any, x_BTSD: Tensor, *rows: Tensor) -> Tensor:
+        return self.stream.on_places(self.on_own_places, x_BTSD, *rows)
+
+    members = {"forward": forward, "on_own_places": kind.forward}
+    return type(f"{kind.__name__}OnPlaces", (kind,), members)
 
 
 class UlyssesAttention(nn.Module):

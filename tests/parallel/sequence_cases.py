@@ -63,6 +63,7 @@ class Case:
     latents: tuple[int, int, int] = UNEVEN
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     num_heads: int = 4
+    depth: int = SIZES["depth"]
     accumulation: int = 1
     kernels: KernelConfig = PLAIN
     piece_tokens: int = branches.PIECE_TOKENS
@@ -84,7 +85,7 @@ def build(case: Case):
         max_caption_tokens=CAPTION,
         learn_sigma=case.objective == "iddpm",
         num_heads=case.num_heads,
-        **SIZES,
+        **{**SIZES, "depth": case.depth},
     )
 
 
@@ -181,10 +182,7 @@ def sharded(
     """Loss and gradients through `parallelize`, in float32 unless the case says otherwise."""
     device = start_distributed(kind)
     if kind == "cpu":
-        # What fails in compilation fails while tracing; generating C++ would only take time.
-        orchestrator = sys.modules["longtake.parallel.parallelize"]
-        compile_quickly = functools.partial(compile_blocks, backend="aot_eager")
-        orchestrator.compile_blocks = compile_quickly  # type: ignore[attr-defined]
+        _compile_quickly()
     results = []
     for case in cases:
         branches.PIECE_TOKENS = case.piece_tokens
@@ -207,6 +205,27 @@ def sharded(
         assert (graphs > 0) == is_compiled(case.parallel, device)
         results.append((float(mean_over_processes(loss)), gradients))
     return results
+
+
+def _compile_quickly() -> None:
+    # What fails in compilation fails while tracing; generating C++ would only take time.
+    orchestrator = sys.modules["longtake.parallel.parallelize"]
+    quickly = functools.partial(compile_blocks, backend="aot_eager")
+    orchestrator.compile_blocks = quickly  # type: ignore[attr-defined]
+
+
+def graphs(cases: list[Case]) -> list[int]:
+    """How many graphs a step of each case is compiled to."""
+    device = start_distributed("cpu")
+    _compile_quickly()
+    counts = []
+    for case in cases:
+        branches.PIECE_TOKENS = case.piece_tokens
+        torch.compiler.reset()
+        model = parallel_model(case, build_mesh(case.parallel, device))
+        loss_of(model, case, inputs_of(case, range(1))).backward()
+        counts.append(torch._dynamo.utils.counters["stats"].pop("unique_graphs", 0))
+    return counts
 
 
 def runs(cases: list[Case], steps: int) -> list[tuple[list[float], list[float]]]:

@@ -24,6 +24,7 @@ from tests.parallel.sequence_cases import (
     assert_same,
     errors_of,
     exchanged,
+    graphs,
     in_double,
     orders_of_events,
     runs,
@@ -110,6 +111,17 @@ def test_on_fused_kernels_it_stays_the_same():
     for results in run_in_processes(sharded, 2, cases, timeout_seconds=250):
         for case, found in zip(cases, results, strict=True):
             assert_same(found, case, tolerance=1e-4)
+
+
+def test_however_deep_a_model_blocks_of_a_kind_share_a_graph():
+    cases = [Case(name).on(sp=2, compile=True) for name in ("pixart", "stdit", "latte")]
+    cases.append(Case("pixart", num_heads=1).on(sp=2, compile=True))
+    cases.append(Case("stdit", piece_tokens=40).on(sp=2, compile=True, checkpointing="nested"))
+    deeper = [replace(case, depth=2 * case.depth) for case in cases]
+    for counts in run_in_processes(graphs, 2, cases + deeper, timeout_seconds=120):
+        shallow, deep = counts[: len(cases)], counts[len(cases) :]
+        assert deep == shallow
+        assert min(shallow) > 0
 
 
 @pytest.mark.slow
