@@ -207,6 +207,8 @@ class _Bench:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            # The device's, or pinned memory of the host: it says which, and what was asked for.
+            self.say(str(error).partition("\n")[0][:300])
         # Only now: the error's frames held what the step had allocated.
         if timed is None:
             subject = self._subject = None

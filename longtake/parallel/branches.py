@@ -199,9 +199,6 @@ def _leaf(tensor: Tensor | None) -> Tensor | None:
 def _own_graph() -> Iterator[None]:
     """Records a graph whose tensors are its own: whoever counts or moves what is saved around it
     must not see them."""
-    with torch.enable_grad(), saved_tensors_hooks(_same, _same):
+    # Detached: a node that keeps its own output with its history keeps itself, for ever.
+    with torch.enable_grad(), saved_tensors_hooks(torch.detach, lambda tensor: tensor):
         yield
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
