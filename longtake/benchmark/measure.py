@@ -202,6 +202,7 @@ class _Bench:
                 subject,
                 subject.workload(self.options.bucket, micro_batch),
                 protocol,
+                self.say,
                 with_parts=with_parts,
             )
         except RuntimeError as error:
@@ -281,7 +282,9 @@ class _Timed:
     parts_ms: dict[str, float]
 
 
-def _time(subject: Subject, workload: Workload, protocol: Protocol, *, with_parts: bool) -> _Timed:
+def _time(
+    subject: Subject, workload: Workload, protocol: Protocol, say: Say, *, with_parts: bool
+) -> _Timed:
     device = subject.mesh.device
     watched = list(subject.model.parameters())[-1]
     before = local_part(watched).clone()
@@ -290,7 +293,7 @@ def _time(subject: Subject, workload: Workload, protocol: Protocol, *, with_part
     def step() -> None:
         results.append(subject.step(workload))
 
-    times, clocks = time_steps(step, device, protocol)
+    times, clocks = time_steps(step, device, protocol, say)
     allocated = reserved = None
     if device.type == "cuda":
         allocated = torch.cuda.max_memory_allocated(device) / _GIB
@@ -309,7 +312,8 @@ def _time(subject: Subject, workload: Workload, protocol: Protocol, *, with_part
 
 def checkpointing_name(config: ParallelConfig) -> str:
     """The policy as reports show it."""
-    return config.checkpointing + (", offloaded" if config.offload else "")
+    name = config.checkpointing + (", offloaded" if config.offload else "")
+    return name + (f", {config.kept_blocks} blocks kept" if config.kept_blocks else "")
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -337,5 +341,7 @@ def as_plain(config: RunConfig) -> RunConfig:
     return replace(
         config,
         kernels=PLAIN,
-        parallel=replace(config.parallel, compile=False, checkpointing="none", offload=False),
+        parallel=replace(
+            config.parallel, compile=False, checkpointing="none", offload=False, kept_blocks=0
+        ),
     )

@@ -129,7 +129,8 @@ def _profiled(run: Callable[[], None], steps: int, mesh: Mesh, trace: Path | Non
         if mesh.device.type == "cuda":
             torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
-        path = trace or Path(folder) / "trace.json"
+        # One file has one writer; the other processes' traces are only read.
+        path = trace if trace and mesh.is_first else Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         with open(path, encoding="utf-8", errors="replace") as file:
             return split_step(json.load(file)["traceEvents"])

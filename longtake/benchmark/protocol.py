@@ -16,6 +16,8 @@ from longtake.parallel import gather_json
 
 # Where a whole protocol would take too long.
 _LEAST_WARMUP, _LEAST_STEPS = 2, 3
+# Whoever waits longer for a step wants to hear of it.
+_LONG_SECONDS = 10.0
 # Compilation that does not come to an end by then never will.
 _MOST_WARMUP = 30
 _QUICK = replace(Protocol(), warmup=2, steps=3, seconds=6.0)
@@ -43,9 +45,12 @@ def quick(protocol: Protocol) -> Protocol:
 
 
 def time_steps(
-    step: Callable[[], object], device: torch.device, protocol: Protocol
+    step: Callable[[], object],
+    device: torch.device,
+    protocol: Protocol,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Timing, str | None]:
-    """Times steps; also the GPU's clocks while the last of them ran."""
+    """Times steps; also the GPU's clocks while the last of them ran. Long ones are told at once."""
     seconds, number, first = 0.0, 0, 0.0
     graphs = -1
     while number < _MOST_WARMUP:
@@ -58,6 +63,8 @@ def time_steps(
         seconds = _wall_clock(step, device)
         number += 1
         first = first or seconds
+        if seconds > _LONG_SECONDS:
+            say(f"warm-up step {number} took {seconds:.1f} s")
     steps = protocol.steps
     if seconds * steps > protocol.seconds:
         steps = max(min(_LEAST_STEPS, steps), int(protocol.seconds / max(seconds, 1e-9)))

@@ -95,6 +95,7 @@ def predicted_peak(
         latent_values=micro_batch * math.prod(latents),
         checkpointing=config.parallel.checkpointing,
         offload=config.parallel.offload,
+        kept_blocks=config.parallel.kept_blocks,
         zero=config.parallel.zero,
         shards=mesh.num_shards,
         sp=mesh.sp,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -18,21 +18,27 @@ BY_BLOCK = ("full", "nested")
 
 
 def checkpoint_blocks(
-    blocks: Iterable[nn.Module], policy: CheckpointingPolicy, *, offload: bool = False
+    blocks: Sequence[nn.Module],
+    policy: CheckpointingPolicy,
+    *,
+    offload: bool = False,
+    kept_blocks: int = 0,
 ) -> None:
     """Makes each block keep less in the forward and compute the rest again in the backward.
 
     "selective" recomputes what passes over the same memory give for one more write: normalized
     tokens and activations. "full" keeps a block's input alone; so does "nested", and of a block
     computed again each branch keeps its inputs alone, to be computed once more, in pieces of the
-    tokens. With `offload` the inputs of blocks wait for the backward in host memory.
+    tokens. With `offload` the inputs of blocks wait for the backward in host memory. The last
+    `kept_blocks` blocks, whose backward comes first, are "selective" all the same.
 
     Branches have a switch `recompute` for the first. For the others the forward of the instance is
     wrapped, not the module: parameter names stay what they are, and hooks on the module (those of
     FSDP) run once, not again in the recomputation.
     """
-    stream = StreamOffload()
+    stream, chosen = StreamOffload(), policy
     for number, block in enumerate(blocks):
+        policy = "selective" if number >= len(blocks) - kept_blocks else chosen
         for module in block.modules():
             if hasattr(module, "recompute"):
                 module.recompute = policy == "selective"  # pyright: ignore[reportArgumentType]
@@ -44,6 +50,5 @@ def checkpoint_blocks(
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
             )
-        if offload:
-            assert policy in BY_BLOCK, "offload takes what a checkpointed block keeps"
+        if offload and policy in BY_BLOCK:
             block.forward = stream.around(block.forward, is_first=number == 0)

@@ -61,6 +61,9 @@ class ParallelConfig:
     for 6 passes of about 100; "full" keeps each block's input alone, for a third more compute;
     "nested" bounds what a block computed again holds, too, for another forward: each of its
     branches runs in pieces of the tokens and is computed again by itself."""
+    kept_blocks: int = 0
+    """With checkpointing full or nested: so many blocks, the last, are selective all the same. As
+    many as memory holds: each saves its forward of the backward's work (docs/memory.md)."""
     offload: bool = False
     """Keep the inputs of blocks in host memory from forward to backward; for checkpointing full or
     nested."""
@@ -73,6 +76,12 @@ class ParallelConfig:
             raise ValueError(
                 f"parallel.timeout_seconds={self.timeout_seconds} must be at least 1: it is how "
                 "long nothing may move before the run is given up as hung"
+            )
+        if self.kept_blocks < 0 or (self.kept_blocks and self.checkpointing not in BY_BLOCK):
+            raise ValueError(
+                f"parallel.kept_blocks={self.kept_blocks} with parallel.checkpointing="
+                f"{self.checkpointing}: expected 0, or with {' or '.join(BY_BLOCK)} a number of "
+                "blocks that are not checkpointed"
             )
         if self.offload and self.checkpointing not in BY_BLOCK:
             raise ValueError(

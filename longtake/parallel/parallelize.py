@@ -23,6 +23,10 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
     """
     blocks = model.blocks
     assert isinstance(blocks, nn.ModuleList), "a model's blocks are its units of sharding"
+    if config.kept_blocks > len(blocks):
+        raise ValueError(
+            f"parallel.kept_blocks={config.kept_blocks}: the model has {len(blocks)} blocks"
+        )
     # Tokens travel within what is compiled; but where branches run in pieces, around all of them.
     nested = config.checkpointing == "nested"
     if not nested:
@@ -33,7 +37,9 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
         compile_blocks(branch for b in blocks for branch in (branches_of(b) if nested else (b,)))
     # Around the graph: within it, PyTorch 2.11 keeps whatever the operations with a backward of
     # their own save, which is nearly everything.
-    checkpoint_blocks(blocks, config.checkpointing, offload=config.offload)
+    checkpoint_blocks(
+        blocks, config.checkpointing, offload=config.offload, kept_blocks=config.kept_blocks
+    )
     if nested:
         _split(model, mesh, config)
     shard_blocks(

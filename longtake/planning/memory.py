@@ -81,6 +81,7 @@ def peak_memory(
     latent_values: int,
     checkpointing: str,
     offload: bool = False,
+    kept_blocks: int = 0,
     zero: int = 3,
     shards: int = 1,
     sp: int = 1,
@@ -103,7 +104,8 @@ def peak_memory(
     "selective" computes normalized tokens and the GELU again: one less a norm, r less for the MLP.
     "full" keeps a block's input, and one block as "none" does; "nested" keeps a block's input, the
     inputs of one block's branches, two gradients and one piece of a branch; offloaded, three
-    blocks' inputs. The MLP's backward, which begins a block's, adds two gradients of the inner
+    blocks' inputs. Of kept_blocks blocks at the end "selective" keeps what it does; they are done
+    with when the first checkpointed one is computed again. The MLP's backward, which begins a block's, adds two gradients of the inner
     tensor and one of the stream: 2r + 1, and r more where the GELU is computed again.
 
     Three moments are compared: the turn from forward to backward, when everything is kept; the
@@ -118,29 +120,28 @@ def peak_memory(
     tokens = micro_batch * -(-rows // sp) * (grid.total // rows)
     tensor = tokens * hidden_size * bytes_per_value
 
-    block = sum(branch.kept for branch in branches)
-    backward = 2 * mlp_ratio + 1
-    if checkpointing == "selective":
-        block -= sum(branch.again for branch in branches)
-        backward += mlp_ratio
     of_rows = _FP32 * tokens * sum(num_heads * b.log_sums + 2 * b.norms for b in branches)
     text = micro_batch * text_tokens * 2 * hidden_size * bytes_per_value
     text = text if any(branch.kept == 3 for branch in branches) else 0
-    own = block * tensor + of_rows + text  # of one block
+    own = sum(branch.kept for branch in branches) * tensor + of_rows + text  # of one block
+    backward = (2 * mlp_ratio + 1) * tensor
+    selective = own - sum(branch.again for branch in branches) * tensor
+    selective_backward = backward + mlp_ratio * tensor
+    checkpointed = depth - kept_blocks
+    inputs = min(_OFFLOAD_DEPTH, checkpointed) if offload else checkpointed
     match checkpointing:
-        case "none" | "selective":
-            kept, first, working = depth * own, own, backward * tensor
+        case "none":
+            kept, first, working = depth * own, own, backward
+        case "selective":
+            kept, first, working = depth * selective, selective, selective_backward
         case "full":
-            inputs = min(_OFFLOAD_DEPTH, depth) if offload else depth
-            kept, first = inputs * tensor + own - tensor, own
-            working = backward * tensor
+            kept, first, working = (inputs - 1) * tensor + own, own, backward
         case "nested":
-            inputs = min(_OFFLOAD_DEPTH, depth) if offload else depth
             kept = (inputs + len(branches) - 1) * tensor
             first = len(branches) * tensor
             exchange = 3 if sp > 1 else 0
             piece = max(
-                (branch.kept + backward + 3)
+                (branch.kept + 2 * mlp_ratio + 1 + 3)
                 * (min(1, piece_tokens / tokens) if branch.is_cut else 1)
                 for branch in branches
             )
@@ -150,6 +151,10 @@ def peak_memory(
                 f"checkpointing={checkpointing} has no formula: expected none, selective, full or "
                 "nested"
             )
+    if kept_blocks:
+        of_kept = inputs * tensor + kept_blocks * selective
+        if of_kept + selective_backward > kept + working:
+            kept, working = of_kept, selective_backward
 
     states = _STATE_BYTES * parameters / shards
     is_freed = zero == 3 and shards > 1

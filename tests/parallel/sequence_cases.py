@@ -358,7 +358,8 @@ def parallel_model(case: Case, mesh: Mesh):
 
 def errors_of(found, case: Case, dtype=torch.float32) -> dict[str, float]:
     """By name, how far loss and gradients are from plain PyTorch's, relative to their norms."""
-    plain = Case(case.model, case.objective, case.latents, num_heads=case.num_heads)
+    sizes = {"num_heads": case.num_heads, "depth": case.depth}
+    plain = Case(case.model, case.objective, case.latents, **sizes)
     loss, gradients = alone(plain, dtype)
     assert found[1].keys() == gradients.keys()
     errors = {"loss": abs(found[0] - loss) / abs(loss)}

@@ -33,11 +33,11 @@ from tests.parallel.sequence_cases import (
 )
 
 
-def _checkpointed(case: Case, policy: str, *, offload: bool, dtype=torch.float64):
+def _checkpointed(case: Case, policy: str, *, dtype=torch.float64, **options):
     model = build(case).to(dtype)
     init_weights(model, seed=0, write=write_shaken)
     names = list(dict(model.named_parameters()))
-    checkpoint_blocks(model.blocks, policy, offload=offload)  # type: ignore[arg-type]
+    checkpoint_blocks(model.blocks, policy, **options)  # type: ignore[arg-type]
     assert list(dict(model.named_parameters())) == names
     return model
 
@@ -55,6 +55,35 @@ def test_every_model_has_the_gradients_of_one_that_keeps_everything(name, monkey
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         found = float(loss.detach()), gradients
         assert_same(found, case, tolerance=1e-12, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("policy", ["full", "nested"])
+def test_the_last_blocks_may_be_kept(policy, monkeypatch):
+    monkeypatch.setattr(branches, "PIECE_TOKENS", 40)
+    case = Case("stdit", depth=3)
+    model = _checkpointed(case, policy, offload=True, kept_blocks=1)
+    ran = Counter()
+    for number, block in enumerate(model.blocks):
+        for module in (block.attn, block.mlp):
+            forward = module.forward
+
+            def counted(*args, _forward=forward, _number=number):
+                ran[_number] += torch.is_grad_enabled()
+                return _forward(*args)
+
+            module.forward = counted
+    loss = loss_of(model, case, inputs_of(case, range(BATCH), dtype=torch.float64))
+    loss.backward()
+    assert ran == {0: 4, 1: 4, 2: 2}, "twice forward and twice again, but the last"
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_same((float(loss.detach()), gradients), case, tolerance=1e-12, dtype=torch.float64)
+
+
+def test_blocks_to_be_kept_are_counted():
+    with pytest.raises(ValueError, match=r"kept_blocks=2 .*checkpointing=none: expected 0"):
+        ParallelConfig(checkpointing="none", kept_blocks=2)
+    with pytest.raises(ValueError, match="kept_blocks=-1"):
+        ParallelConfig(checkpointing="full", kept_blocks=-1)
 
 
 class _Storages(TorchDispatchMode):
