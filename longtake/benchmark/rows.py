@@ -9,7 +9,7 @@ over all tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from longtake.benchmark.records import Encoders, Figure
 from longtake.config import RunConfig, preset, with_encoder_weights
@@ -18,6 +18,19 @@ from longtake.models import ModelConfig
 from longtake.parallel import ParallelConfig
 
 TABLES = ("images", "video", "encoders")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a row's blocks keep."""
+
+    checkpointing: str
+    kept_blocks: int = 0
+
+    def on(self, config: RunConfig) -> RunConfig:
+        """The same run under this policy."""
+        fields: Any = {"checkpointing": self.checkpointing, "kept_blocks": self.kept_blocks}
+        return replace(config, parallel=replace(config.parallel, **fields))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +44,7 @@ class Row:
     encoders: Encoders = "absent"
     micro_batch: int | None = None
     """None: the best is searched."""
-    policies: tuple[str, ...] = ("none",)
+    policies: tuple[Policy, ...] = (Policy("none"),)
     """Activation checkpointing: the first that fits into memory."""
     has_plain: bool = True
     """Whether the same on plain torch is measured beside it."""
@@ -103,7 +116,10 @@ def tiny(row: Row) -> Row:
         ),
     )
     title = f"tiny stand-in for {row.title}"
-    return replace(row, title=title, config=config, micro_batch=2, printed=(), known=())
+    policies = tuple(replace(policy, kept_blocks=0) for policy in row.policies)
+    return replace(
+        row, title=title, config=config, micro_batch=2, policies=policies, printed=(), known=()
+    )
 
 
 def _video(
@@ -201,11 +217,14 @@ def _on_two(
     sp: int = 1,
     table: str = "video",
     micro_batch: int | None = None,
-    policies: tuple[str, ...] | None = None,
+    policies: tuple[Policy, ...] | None = None,
     **fields: object,
 ) -> Row:
-    """The row of a preset on two GPUs, which take samples each or share their tokens."""
-    own = preset(name).parallel.checkpointing
+    """The row of a preset on two GPUs, which take samples each or share their tokens.
+
+    An XL's weights are 1.4 GiB in bf16: gathering them again for the backward saves little.
+    """
+    own = Policy(preset(name).parallel.checkpointing)
     row = _video(
         key,
         title,
@@ -218,13 +237,14 @@ def _on_two(
         policies=policies or (own,),
         **fields,  # pyright: ignore[reportArgumentType]
     )
-    parallel = replace(row.config.parallel, sp=sp)
+    parallel = replace(row.config.parallel, sp=sp, zero=2)
     return replace(row, config=replace(row.config, parallel=parallel))
 
 
-def _policies() -> tuple[str, ...]:
+def _policies() -> tuple[Policy, ...]:
     """All of them, from the fastest to the one that needs least memory."""
-    return get_args(get_type_hints(ParallelConfig)["checkpointing"])
+    names = get_args(get_type_hints(ParallelConfig)["checkpointing"])
+    return tuple(Policy(name) for name in names)
 
 
 _FULL_256 = preset("pixart-xl2-16x256").model
@@ -286,7 +306,7 @@ _ROWS = (
         "dit-xl2-256",
         "dit-256-batch128",
         table="images",
-        policies=("none",),
+        policies=(Policy("none"),),
     ),
     _video(
         "dit-256-on-line",
@@ -309,7 +329,7 @@ _ROWS = (
         "STDiT-XL/2 16x256, dp=2",
         "stdit-xl2-16x256",
         "stdit-16x256",
-        policies=("none",),
+        policies=(Policy("none"),),
     ),
     _video(
         "full-16x256",
@@ -369,7 +389,7 @@ _ROWS = (
         "STDiT-XL/2 360x512",
         "stdit-xl2-360x512",
         micro_batch=1,
-        policies=("full",),
+        policies=(Policy("full"),),
         printed=(_printed("STDiT (GC, sp=2) 360x512", 0.10, _PER_PAIR),),
         known=(_known("Open-Sora 1.0's sequence parallelism on 2 GPUs, checkpointing", 0.102),),
     ),
@@ -387,6 +407,7 @@ _ROWS = (
         "stdit-360x512-dp2",
         sp=2,
         micro_batch=1,
+        policies=(Policy("full", kept_blocks=11), Policy("full")),
         printed=(_printed("STDiT (GC, sp=2) 360x512", 0.10, _PER_PAIR),),
         known=(_known("Open-Sora 1.0's sequence parallelism on 2 GPUs, checkpointing", 0.102),),
     ),

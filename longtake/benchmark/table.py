@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longtake.benchmark.jobs import Finished, Job, RunJob
-from longtake.benchmark.measure import Say, Sizing, StepOptions, as_plain
+from longtake.benchmark.measure import Say, Sizing, StepOptions, as_plain, checkpointing_name
 from longtake.benchmark.records import (
     MachineReport,
     Measurement,
@@ -19,8 +19,9 @@ from longtake.benchmark.records import (
     TableReport,
     load_report,
 )
-from longtake.benchmark.rows import Row
+from longtake.benchmark.rows import Policy, Row
 from longtake.config import RunConfig, from_plain, to_plain
+from longtake.parallel import BY_BLOCK
 from longtake.planning import (
     Ceilings,
     exchanged_bytes,
@@ -140,7 +141,7 @@ def _plain(row: Row, micro_batch: int, protocol: Protocol, run_job: RunJob, say:
     say("  the same on plain torch")
     outcome = _first_that_fits(
         as_plain(row.config),
-        ("none", "full"),
+        (Policy("none"), Policy("full")),
         "halve",
         micro_batch,
         row,
@@ -160,7 +161,7 @@ def _plain(row: Row, micro_batch: int, protocol: Protocol, run_job: RunJob, say:
 
 def _first_that_fits(
     config: RunConfig,
-    policies: Sequence[str],
+    policies: Sequence[Policy],
     sizing: Sizing,
     micro_batch: int | None,
     row: Row,
@@ -173,9 +174,8 @@ def _first_that_fits(
     )
     finished: Finished | None = None
     for policy in policies:
-        say(f"  activation checkpointing: {policy}")
-        chosen: Any = policy
-        own = replace(config, parallel=replace(config.parallel, checkpointing=chosen))
+        own = policy.on(config)
+        say(f"  activation checkpointing: {checkpointing_name(own.parallel)}")
         finished = run_job(Job(own, options, num_processes=row.gpus))
         if not finished.does_not_fit:
             break
@@ -239,13 +239,15 @@ def sent_bytes(measured: Measurement, config: dict[str, Any]) -> tuple[float, fl
         bytes_per_value=weight_bytes,
     )
     # Forward and backward; whatever computes whole blocks again exchanges again.
-    passes = 2 if measured.checkpointing in ("none", "selective") else 3
-    replicas = run.parallel.dp_replicate
+    parallel = run.parallel
+    by_block = parallel.checkpointing in BY_BLOCK
+    passes = 2 + (1 - parallel.kept_blocks / depth if by_block else 0)
+    replicas = parallel.dp_replicate
     sharding = sharding_traffic(
         measured.parameters,
         shards=measured.num_devices // replicas,
         replicas=replicas,
-        gathers=2 if run.parallel.zero == 3 else 1,
+        gathers=2 if parallel.zero == 3 else 1,
         weight_bytes=weight_bytes,
     )
     return passes * exchanged * (measured.sp - 1) / measured.sp, sharding.total
@@ -292,7 +294,8 @@ def same_settings(report: TableReport, rows: Sequence[Row]) -> bool:
         if row.key in wanted:
             found = {**row.fast.config, "parallel": dict(row.fast.config["parallel"])}
             expected = {**wanted[row.key], "parallel": dict(wanted[row.key]["parallel"])}
-            found["parallel"]["checkpointing"] = expected["parallel"]["checkpointing"] = None
+            for name in ("checkpointing", "kept_blocks"):
+                found["parallel"][name] = expected["parallel"][name] = None
             if found != expected:
                 return False
     return True

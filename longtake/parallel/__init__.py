@@ -1,6 +1,7 @@
 """Makes a finished model sequence-parallel, sharded, checkpointed and compiled, and owns the
 processes it runs on."""
 
+from longtake.parallel.activation_checkpointing import BY_BLOCK
 from longtake.parallel.branches import PIECE_TOKENS
 from longtake.parallel.collectives import (
     PeerError,
@@ -37,6 +38,7 @@ from longtake.parallel.shard import (
 )
 
 __all__ = [
+    "BY_BLOCK",
     "COLLECTIVE_MARGIN_SECONDS",
     "PIECE_TOKENS",
     "Mesh",

@@ -105,8 +105,9 @@ def peak_memory(
     "full" keeps a block's input, and one block as "none" does; "nested" keeps a block's input, the
     inputs of one block's branches, two gradients and one piece of a branch; offloaded, three
     blocks' inputs. Of kept_blocks blocks at the end "selective" keeps what it does; they are done
-    with when the first checkpointed one is computed again. The MLP's backward, which begins a block's, adds two gradients of the inner
-    tensor and one of the stream: 2r + 1, and r more where the GELU is computed again.
+    with when the first checkpointed one is computed again. The MLP's backward, which begins a
+    block's, adds two gradients of the inner tensor and one of the stream: 2r + 1, and r more where
+    the GELU is computed again.
 
     Three moments are compared: the turn from forward to backward, when everything is kept; the
     first block's backward, when all gradients are there; and that of the embedding, whose tokens

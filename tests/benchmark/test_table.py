@@ -1,3 +1,4 @@
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -245,7 +246,12 @@ def test_two_gpus_are_rated_against_one_and_shared_tokens_against_shared_samples
     exchanged, sharded = sent_bytes(shared.fast.measurement, shared.fast.config)
     # Two exchanges a block, forward and backward; half of 32 x 1024 tokens leaves a GPU each time.
     assert exchanged == 2 * 2 * 28 * (32 * 1024 * 1152 * 2) / 2
-    assert sharded == (2 * 2 + 4) * 759_620_768 / 2
+    # Weights in bf16 gathered once, gradients in float32 reduced once.
+    assert sharded == (2 + 4) * 759_620_768 / 2
+    kept = deepcopy(shared.fast.config)
+    kept["parallel"] |= {"checkpointing": "full", "kept_blocks": 7}
+    again, _ = sent_bytes(shared.fast.measurement, kept)
+    assert again == (2 + 21 / 28) * exchanged / 2
     text = markdown(report)
-    assert "dp=1, sp=2 | 2.7 | 1.35 | stdit-64x512-dp2 | 0.9 | 10.0% | 4.23 GB | 3.04 GB" in text
-    assert "dp=2, sp=1 | 3 | 1.5 | stdit-64x512 | 0.938 | 6.2% | 0 GB | 3.04 GB" in text
+    assert "dp=1, sp=2 | 2.7 | 1.35 | stdit-64x512-dp2 | 0.9 | 10.0% | 4.23 GB | 2.28 GB" in text
+    assert "dp=2, sp=1 | 3 | 1.5 | stdit-64x512 | 0.938 | 6.2% | 0 GB | 2.28 GB" in text
