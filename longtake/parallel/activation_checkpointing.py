@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -18,7 +17,7 @@ BY_BLOCK = ("full", "nested")
 
 
 def checkpoint_blocks(
-    blocks: Sequence[nn.Module],
+    blocks: nn.ModuleList,
     policy: CheckpointingPolicy,
     *,
     offload: bool = False,

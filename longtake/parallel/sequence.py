@@ -95,12 +95,12 @@ def _spread_places(attention: SelfAttention, stream: _Stream) -> None:
     By another class and not by another forward of the instance: to the compiler, functions of
     instances differ, and each block would be a graph of its own.
     """
+    spread: Any = attention
     inner = vars(attention).pop("forward", None)
-    kind = type(attention)
-    attention.__class__ = _class_on_places(kind)
-    attention.stream = stream  # pyright: ignore[reportAttributeAccessIssue]
+    spread.__class__ = _class_on_places(type(attention))
+    spread.stream = stream
     if inner is not None:  # compiled, or in pieces: tokens travel around it
-        attention.on_own_places = inner  # pyright: ignore[reportAttributeAccessIssue]
+        spread.on_own_places = inner
 
 
 @functools.cache
