@@ -16,7 +16,7 @@ from longtake.parallel import gather_json
 
 # Where a whole protocol would take too long.
 _LEAST_WARMUP, _LEAST_STEPS = 2, 3
-# Whoever waits longer for a step wants to hear of it.
+# Whoever waits longer for a step wants to hear of it, and needs no more of them than must be.
 _LONG_SECONDS = 10.0
 # Compilation that does not come to an end by then never will.
 _MOST_WARMUP = 30
@@ -70,8 +70,9 @@ def time_steps(
         steps = max(min(_LEAST_STEPS, steps), int(protocol.seconds / max(seconds, 1e-9)))
     steps = _agreed(steps)
     if device.type == "cuda":
-        step_ms, clocks = _event_times(step, steps)
-        number += 1
+        is_long = seconds > _LONG_SECONDS
+        step_ms, clocks = _event_times(step, steps, warm_up=not is_long)
+        number += not is_long
     else:
         step_ms, clocks = [_wall_clock(step, device) * 1000 for _ in range(steps)], None
     return timing(step_ms, warmup_steps=number, first_step_seconds=first), clocks
@@ -85,11 +86,14 @@ def _wall_clock(step: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _event_times(step: Callable[[], object], steps: int) -> tuple[list[float], str | None]:
+def _event_times(
+    step: Callable[[], object], steps: int, *, warm_up: bool
+) -> tuple[list[float], str | None]:
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     # One more step of warm-up, not waited for: the first timed one must not include the host's way
-    # to its first kernel, which the device later never waits for.
-    step()
+    # to its first kernel, which the device later never waits for. Of a long step it is nothing.
+    if warm_up:
+        step()
     events[0].record()
     for event in events[1:]:
         step()

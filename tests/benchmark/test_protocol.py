@@ -48,6 +48,12 @@ def test_long_steps_are_timed_fewer_times(monkeypatch):
     assert len(time_steps(steps, CPU, Protocol(steps=10, seconds=20))[0].step_ms) == 5
 
 
+def test_long_warmup_steps_are_told_at_once(monkeypatch):
+    steps, told = _Steps(monkeypatch, [30.0, 12.0, 9.0, 1.0, 1.0]), []
+    time_steps(steps, CPU, Protocol(warmup=3, steps=2, seconds=1000), told.append)
+    assert told == ["warm-up step 1 took 30.0 s", "warm-up step 2 took 12.0 s"]
+
+
 def test_warmup_goes_on_while_anything_is_compiled(monkeypatch):
     steps = _Steps(monkeypatch, [0.1])
     monkeypatch.setattr(room, "count_graphs", lambda: min(steps.count, 7))
