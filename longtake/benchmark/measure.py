@@ -312,7 +312,8 @@ def _time(
 
 def checkpointing_name(config: ParallelConfig) -> str:
     """The policy as reports show it."""
-    name = config.checkpointing + (", offloaded" if config.offload else "")
+    name = config.checkpointing + (f" ({config.pieces})" if config.pieces != "all" else "")
+    name += ", offloaded" if config.offload else ""
     return name + (f", {config.kept_blocks} blocks kept" if config.kept_blocks else "")
 
 
@@ -342,6 +343,11 @@ def as_plain(config: RunConfig) -> RunConfig:
         config,
         kernels=PLAIN,
         parallel=replace(
-            config.parallel, compile=False, checkpointing="none", offload=False, kept_blocks=0
+            config.parallel,
+            compile=False,
+            checkpointing="none",
+            offload=False,
+            kept_blocks=0,
+            pieces="all",
         ),
     )

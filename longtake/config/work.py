@@ -96,6 +96,7 @@ def predicted_peak(
         checkpointing=config.parallel.checkpointing,
         offload=config.parallel.offload,
         kept_blocks=config.parallel.kept_blocks,
+        pieces=config.parallel.pieces,
         zero=config.parallel.zero,
         shards=mesh.num_shards,
         sp=mesh.sp,

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from longtake.parallel.branches import branches_of, run_in_pieces
+from longtake.parallel.branches import Pieces, branches_of, is_in_pieces, run_in_pieces
 from longtake.parallel.offload import StreamOffload
 
 CheckpointingPolicy = Literal["none", "selective", "full", "nested"]
@@ -22,14 +22,15 @@ def checkpoint_blocks(
     *,
     offload: bool = False,
     kept_blocks: int = 0,
+    pieces: Pieces = "all",
 ) -> None:
     """Makes each block keep less in the forward and compute the rest again in the backward.
 
     "selective" recomputes what passes over the same memory give for one more write: normalized
     tokens and activations. "full" keeps a block's input alone; so does "nested", and of a block
-    computed again each branch keeps its inputs alone, to be computed once more, in pieces of the
-    tokens. With `offload` the inputs of blocks wait for the backward in host memory. The last
-    `kept_blocks` blocks, whose backward comes first, are "selective" all the same.
+    computed again each branch of those in `pieces` keeps its inputs alone, to be computed once
+    more, in pieces of the tokens. With `offload` the inputs of blocks wait for the backward in host
+    memory. The last `kept_blocks` blocks, whose backward comes first, are "selective" all the same.
 
     Branches have a switch `recompute` for the first. For the others the forward of the instance is
     wrapped, not the module: parameter names stay what they are, and hooks on the module (those of
@@ -43,7 +44,8 @@ def checkpoint_blocks(
                 module.recompute = policy == "selective"  # pyright: ignore[reportArgumentType]
         if policy == "nested":
             for branch in branches_of(block):
-                run_in_pieces(branch)
+                if is_in_pieces(branch, pieces):
+                    run_in_pieces(branch)
         if policy in BY_BLOCK:
             # Nothing in a block draws from the global generators, so their state need not be kept.
             block.forward = partial(

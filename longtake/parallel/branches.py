@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ from longtake.models.layers import (
     TemporalAttention,
 )
 
+Pieces = Literal["all", "pointwise"]
+"""Which branches: all, or those whose tokens do not see each other, the MLP and attention to text.
+"""
+
 PIECE_TOKENS = 2**16
 """The most tokens of a piece. A product of so many rows has long been at full speed, and a piece of
 an XL's MLP, forward and backward, holds less than 3 GiB in bf16."""
@@ -37,6 +41,11 @@ def branches_of(block: nn.Module) -> list[nn.Module]:
     """The branches of a block, each a function of the residual stream and a few small tensors."""
     kinds = (SelfAttention, CrossAttention, GatedMlp)
     return [module for module in block.modules() if isinstance(module, kinds)]
+
+
+def is_in_pieces(branch: nn.Module, pieces: Pieces) -> bool:
+    """Whether the branch is one of those that run in pieces."""
+    return pieces == "all" or not isinstance(branch, SelfAttention)
 
 
 def run_in_pieces(branch: nn.Module) -> None:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longtake.parallel.activation_checkpointing import BY_BLOCK, CheckpointingPolicy
+from longtake.parallel.branches import Pieces
 from longtake.parallel.exchange import TokenGroup
 from longtake.parallel.meeting import meet
 
@@ -64,6 +65,10 @@ class ParallelConfig:
     kept_blocks: int = 0
     """With checkpointing full or nested: so many blocks, the last, are selective all the same. As
     many as memory holds: each saves its forward of the backward's work (docs/memory.md)."""
+    pieces: Pieces = "all"
+    """With checkpointing nested, the branches that run in pieces and once more: all; or pointwise,
+    the MLP and attention to text alone. The tensors of one block's self-attention then are there at
+    a time (13 of STDiT's 27), and its forward runs twice, not three times."""
     offload: bool = False
     """Keep the inputs of blocks in host memory from forward to backward; for checkpointing full or
     nested."""
@@ -82,6 +87,11 @@ class ParallelConfig:
                 f"parallel.kept_blocks={self.kept_blocks} with parallel.checkpointing="
                 f"{self.checkpointing}: expected 0, or with {' or '.join(BY_BLOCK)} a number of "
                 "blocks that are not checkpointed"
+            )
+        if self.pieces != "all" and self.checkpointing != "nested":
+            raise ValueError(
+                f"parallel.pieces={self.pieces} with parallel.checkpointing={self.checkpointing}: "
+                "only with nested do branches run in pieces"
             )
         if self.offload and self.checkpointing not in BY_BLOCK:
             raise ValueError(

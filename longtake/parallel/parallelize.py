@@ -38,7 +38,11 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
     # Around the graph: within it, PyTorch 2.11 keeps whatever the operations with a backward of
     # their own save, which is nearly everything.
     checkpoint_blocks(
-        blocks, config.checkpointing, offload=config.offload, kept_blocks=config.kept_blocks
+        blocks,
+        config.checkpointing,
+        offload=config.offload,
+        kept_blocks=config.kept_blocks,
+        pieces=config.pieces,
     )
     if nested:
         _split(model, mesh, config)

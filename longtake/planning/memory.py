@@ -66,6 +66,8 @@ class _Branch:
     norms: int = 0
     is_cut: bool = True
     """Whether it can run in pieces."""
+    is_attention: bool = True
+    """Whether its tokens see each other."""
 
 
 def peak_memory(
@@ -82,6 +84,7 @@ def peak_memory(
     checkpointing: str,
     offload: bool = False,
     kept_blocks: int = 0,
+    pieces: str = "all",
     zero: int = 3,
     shards: int = 1,
     sp: int = 1,
@@ -103,11 +106,11 @@ def peak_memory(
 
     "selective" computes normalized tokens and the GELU again: one less a norm, r less for the MLP.
     "full" keeps a block's input, and one block as "none" does; "nested" keeps a block's input, the
-    inputs of one block's branches, two gradients and one piece of a branch; offloaded, three
-    blocks' inputs. Of kept_blocks blocks at the end "selective" keeps what it does; they are done
-    with when the first checkpointed one is computed again. The MLP's backward, which begins a
-    block's, adds two gradients of the inner tensor and one of the stream: 2r + 1, and r more where
-    the GELU is computed again.
+    inputs of one block's branches, two gradients and one piece of a branch, and with pieces
+    "pointwise" what its self-attention keeps; offloaded, three blocks' inputs. Of kept_blocks
+    blocks at the end "selective" keeps what it does; they are done with when the first checkpointed
+    one is computed again. The MLP's backward, which begins a block's, adds two gradients of the
+    inner tensor and one of the stream: 2r + 1, and r more where the GELU is computed again.
 
     Three moments are compared: the turn from forward to backward, when everything is kept; the
     first block's backward, when all gradients are there; and that of the embedding, whose tokens
@@ -138,14 +141,20 @@ def peak_memory(
         case "full":
             kept, first, working = (inputs - 1) * tensor + own, own, backward
         case "nested":
-            kept = (inputs + len(branches) - 1) * tensor
-            first = len(branches) * tensor
+            whole = [b for b in branches if b.is_attention] if pieces == "pointwise" else []
+            in_pieces = [branch for branch in branches if branch not in whole]
+            # Whole branches are done with after those in pieces, whose inputs are free by then.
+            of_whole = sum(branch.kept for branch in whole) * tensor + bool(whole) * of_rows
+            kept = (inputs - 1 + len(in_pieces)) * tensor + of_whole
+            first = len(in_pieces) * tensor + of_whole
             exchange = 3 if sp > 1 else 0
             piece = max(
                 (branch.kept + 2 * mlp_ratio + 1 + 3)
                 * (min(1, piece_tokens / tokens) if branch.is_cut else 1)
-                for branch in branches
+                for branch in in_pieces
             )
+            if whole:  # the gradients of what was attended to and of q, k and v
+                piece = max(piece, 4 - len(in_pieces))
             working = (2 + exchange + piece) * tensor
         case _:
             raise ValueError(
@@ -191,10 +200,10 @@ def peak_memory(
 
 
 def _branches(model: str, mlp_ratio: float) -> list[_Branch]:
-    mlp = _Branch(kept=3 + 2 * mlp_ratio, again=1 + mlp_ratio, norms=1)
+    mlp = _Branch(kept=3 + 2 * mlp_ratio, again=1 + mlp_ratio, norms=1, is_attention=False)
     spatial = _Branch(kept=7, again=1, log_sums=1, norms=1)
     full = _Branch(kept=7, again=1, log_sums=1, norms=1, is_cut=False)
-    text = _Branch(kept=3, log_sums=1)
+    text = _Branch(kept=3, log_sums=1, is_attention=False)
     match model:
         case "dit":
             return [full, mlp]

@@ -79,6 +79,25 @@ def test_the_last_blocks_may_be_kept(policy, monkeypatch):
     assert_same((float(loss.detach()), gradients), case, tolerance=1e-12, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("name", ["stdit2", "latte", "pixart"])
+def test_self_attention_may_be_left_whole(name):
+    case, ran = Case(name), Counter()
+    for pieces in ("all", "pointwise"):
+        model = _checkpointed(case, "nested", pieces=pieces)
+        block = model.blocks[0]
+        block.attn.core.register_forward_hook(lambda *_, pieces=pieces: ran.update([pieces]))
+        loss = loss_of(model, case, inputs_of(case, range(BATCH), dtype=torch.float64))
+        loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert_same((float(loss.detach()), gradients), case, tolerance=1e-12, dtype=torch.float64)
+    assert ran == {"all": 3, "pointwise": 2}
+
+
+def test_pieces_are_refused_where_nothing_is_nested():
+    with pytest.raises(ValueError, match=r"pieces=pointwise .*=full: only with nested"):
+        ParallelConfig(checkpointing="full", pieces="pointwise")
+
+
 def test_blocks_to_be_kept_are_counted():
     with pytest.raises(ValueError, match=r"kept_blocks=2 .*checkpointing=none: expected 0"):
         ParallelConfig(checkpointing="none", kept_blocks=2)

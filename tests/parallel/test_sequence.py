@@ -107,6 +107,9 @@ def test_on_fused_kernels_it_stays_the_same():
         Case("stdit", kernels=FUSED, piece_tokens=40).on(
             sp=2, compile=True, checkpointing="nested"
         ),
+        Case("stdit", kernels=FUSED, piece_tokens=40).on(
+            sp=2, compile=True, checkpointing="nested", pieces="pointwise", kept_blocks=1
+        ),
     ]
     for results in run_in_processes(sharded, 2, cases, timeout_seconds=250):
         for case, found in zip(cases, results, strict=True):

@@ -108,6 +108,17 @@ def test_nested_keeps_inputs_and_little_beside_them():
     assert peak.kept - moved.kept == 25 * tensor
 
 
+def test_self_attention_left_whole_takes_its_tensors():
+    clip = ("stdit-xl2-1min-1080p", (360, 135, 240))
+    fields = {"checkpointing": "nested", "offload": True, "shards": 2, "sp": 2}
+    nested = _peak(*clip, **fields)
+    whole = _peak(*clip, pieces="pointwise", **fields)
+    tensor = 180 * 8160 * 1152 * 2
+    # Seven of the spatial and six of the temporal branch in place of an input each.
+    assert 11 * tensor < whole.kept - nested.kept < 11.1 * tensor
+    assert whole.total / GIB < 100
+
+
 def test_a_minute_of_1080p_fits_on_two_gpus_of_80_gb():
     peak = _peak(
         "stdit-xl2-1min-1080p",
