@@ -240,8 +240,12 @@ def sent_bytes(measured: Measurement, config: dict[str, Any]) -> tuple[float, fl
     )
     # Forward and backward; whatever computes whole blocks again exchanges again.
     parallel = run.parallel
-    by_block = parallel.checkpointing in BY_BLOCK
-    passes = 2 + (1 - parallel.kept_blocks / depth if by_block else 0)
+    by_block, full = parallel.checkpointing in BY_BLOCK, run.model.name in ("dit", "pixart")
+    again = 1 - parallel.kept_blocks / depth if by_block else 0
+    # Around temporal branches tokens travel, within full attention: once more in pieces.
+    if parallel.checkpointing == "nested" and parallel.pieces == "all" and full:
+        again *= 2
+    passes = 2 + again
     replicas = parallel.dp_replicate
     sharding = sharding_traffic(
         measured.parameters,

@@ -164,6 +164,7 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout_BND: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x_BND, *rest = ctx.inputs.grad_fn.saved_tensors
+        ctx.inputs = None  # no backward goes there to let go of them
         rest = list(map(_leaf, rest))
         shared = [t for t in (*rest, *ctx.params) if t is not None and t.requires_grad]
         sums: list[Tensor] = []

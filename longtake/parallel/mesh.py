@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from longtake.parallel.activation_checkpointing import BY_BLOCK, CheckpointingPolicy
 from longtake.parallel.branches import Pieces
@@ -156,20 +156,8 @@ class Mesh:
         Collectives of one group run in the order in which the host gave them out. What works beside
         the training, on another stream, would hold the training's up in a group that they share.
         """
-        # Made one by one: a second mesh takes over a group that has all processes in it.
-        ranks, groups = self.device_mesh.mesh, []
-        for axis, size in enumerate(ranks.shape):
-            for row in ranks.movedim(axis, -1).reshape(-1, size).tolist():
-                group = dist.new_group(row)
-                if self.rank in row:
-                    groups.append(group)
-        device_mesh = DeviceMesh.from_group(
-            groups,
-            self.device.type,
-            mesh=ranks,
-            mesh_dim_names=self.device_mesh.mesh_dim_names,
-        )
-        return replace(self, device_mesh=device_mesh)
+        shape = self.device_mesh.mesh.shape
+        return replace(self, device_mesh=_device_mesh(shape, self.device, self.timeout_seconds))
 
 
 def start_distributed(
@@ -205,7 +193,7 @@ def start_distributed(
         return own
 
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds + COLLECTIVE_MARGIN_SECONDS)
+    timeout = _collective_timeout(timeout_seconds)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         # The first process holds the store itself where no torchrun does.
@@ -247,11 +235,7 @@ def build_mesh(config: ParallelConfig, device: torch.device | None = None) -> Me
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dp_replicate, dp_shard = resolve_degrees(config, world_size)
     shape = (world_size, 1) if config.zero == 0 else (dp_replicate, dp_shard * config.sp)
-    device_mesh = init_device_mesh(
-        device.type,
-        shape,
-        mesh_dim_names=("dp_replicate", "dp_shard_sp"),
-    )
+    device_mesh = _device_mesh(shape, device, config.timeout_seconds)
     return Mesh(
         dp_replicate=dp_replicate,
         dp_shard=dp_shard,
@@ -265,11 +249,29 @@ def build_mesh(config: ParallelConfig, device: torch.device | None = None) -> Me
     )
 
 
+def _device_mesh(shape: tuple[int, ...], device: torch.device, timeout_seconds: int) -> DeviceMesh:
+    """The axes of the weights, over process groups of their own."""
+    # Made one by one: `init_device_mesh` gives them no timeout, and takes over a group that has all
+    # processes in it.
+    ranks, groups = torch.arange(dist.get_world_size()).view(shape), []
+    for axis, size in enumerate(shape):
+        for row in ranks.movedim(axis, -1).reshape(-1, size).tolist():
+            group = dist.new_group(row, timeout=_collective_timeout(timeout_seconds))
+            if dist.get_rank() in row:
+                groups.append(group)
+    names = ("dp_replicate", "dp_shard_sp")
+    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=names)
+
+
+def _collective_timeout(timeout_seconds: int) -> timedelta:
+    return timedelta(seconds=timeout_seconds + COLLECTIVE_MARGIN_SECONDS)
+
+
 def _token_group(sp: int, rank: int, timeout_seconds: int) -> TokenGroup | None:
     """Neighbours, on one machine as far as it goes: they exchange tokens in every block."""
     if sp == 1:
         return None
-    timeout = timedelta(seconds=timeout_seconds + COLLECTIVE_MARGIN_SECONDS)
+    timeout = _collective_timeout(timeout_seconds)
     group, _ = dist.new_subgroups(sp, timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
     return TokenGroup(name=group.group_name, size=sp, rank=rank % sp, timeout=timeout)

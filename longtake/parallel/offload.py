@@ -42,10 +42,14 @@ class StreamOffload:
         if x_BND.is_cuda and self._copies is None:
             self._copies = torch.cuda.Stream(x_BND.device)
 
+        # Its place and not the stream itself: autograd keeps this function for as long as what it
+        # gave, and with the function all that it refers to.
+        place = x_BND.data_ptr()
+
         def leave(tensor: Tensor) -> Tensor | _Input:
             # What a block is given beside the stream is small. Tensors are saved as others that
             # share their memory.
-            if tensor.data_ptr() != x_BND.data_ptr():
+            if tensor.data_ptr() != place:
                 return tensor
             self._newest = _Input(tensor, self._newest, self._copies)
             return self._newest

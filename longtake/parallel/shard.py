@@ -56,6 +56,8 @@ def sync_gradients(model: nn.Module, is_last: bool) -> None:
     """
     assert isinstance(model, FSDPModule), "sync_gradients needs a model from parallelize"
     model.set_requires_gradient_sync(is_last or bool(model.accumulate_shards))
+    # Between replicas, which may be on other machines, the sum of all is reduced once.
+    model.set_requires_all_reduce(is_last)
     model.set_is_last_backward(is_last)
 
 

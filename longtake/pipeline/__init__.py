@@ -11,6 +11,7 @@ from longtake.pipeline.encoders import (
 from longtake.pipeline.generate import Request, generate, to_uint8
 from longtake.pipeline.inputs import Inputs, encode_batch
 from longtake.pipeline.loss import training_loss
+from longtake.pipeline.run_encoders import encoders_of_source, release, text_config_of_source
 from longtake.pipeline.shared import SharedEncoding, share_encoding
 from longtake.pipeline.step import StepResult, Trainee, training_step
 from longtake.pipeline.validate import validation_loss
@@ -25,11 +26,14 @@ __all__ = [
     "build_encoders",
     "encode_batch",
     "encoded_steps",
+    "encoders_of_source",
     "generate",
     "in_turn",
     "ready_text_encoder",
     "ready_video_encoder",
+    "release",
     "share_encoding",
+    "text_config_of_source",
     "text_placement",
     "to_uint8",
     "training_loss",

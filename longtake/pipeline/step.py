@@ -63,6 +63,7 @@ def training_step(
         with record_function(BACKWARD):
             weighted.backward()
         loss += weighted.detach()
+        del losses_B, weighted  # and the graph's last nodes, before the next is made
     with record_function(OPTIMIZER):
         gradient_norm, applied = update_weights(
             trainee.model, trainee.optimizer, trainee.ema, clip_norm=clip_norm, lr=lr, step=step

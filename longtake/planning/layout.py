@@ -149,6 +149,8 @@ def _layout(
     )
     is_twice = _KEPT_TENSORS.get(work.checkpointing, 1) == 1
     passes = 3 if is_twice else 2
+    if work.checkpointing == "nested" and work.model in ("dit", "pixart"):
+        passes += 1  # full attention exchanges within what is computed once more
     tokens = work.micro_batch * work.grid.total / sp
     kept = _KEPT_TENSORS.get(work.checkpointing, 1) * work.depth
     if is_twice:

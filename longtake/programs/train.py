@@ -65,10 +65,11 @@ from longtake.pipeline import (
     Trainee,
     encode_batch,
     encoded_steps,
+    encoders_of_source,
     generate,
-    ready_text_encoder,
-    ready_video_encoder,
+    release,
     share_encoding,
+    text_config_of_source,
     text_placement,
     to_uint8,
     training_step,
@@ -77,12 +78,9 @@ from longtake.pipeline import (
 )
 from longtake.report import write_report
 from longtake.store import (
-    StoredTextEncoder,
-    StoredVideoEncoder,
     StoreSource,
     check_encoders,
     open_source,
-    stored_encoders,
 )
 from longtake.training import (
     STOPPED_EXIT_CODE,
@@ -145,7 +143,14 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
             model = build_model_from_config(config.model)
         check_conditions(manifest, config, model.condition)
         held_out = _held_out(config, mesh, model)
-        video_encoder, text_encoder = _encoders(config, source, mesh)
+        video_encoder, text_encoder = encoders_of_source(
+            source,
+            config.video_encoder,
+            config.text_encoder,
+            mesh,
+            config.seed,
+            is_sampled=bool(config.sampling.prompts or config.sampling.labels),
+        )
         if held_out is not None and isinstance(held_out.source, StoreSource):
             check_encoders(held_out.source.recipe, video_encoder, text_encoder)
         check_parts(
@@ -176,7 +181,9 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
         record = run_record(config, mesh, model, manifest, video_encoder, text_encoder)
         record["encoders"] |= {
             "ahead": config.train.encode_ahead,
-            "text_placement": text_placement(config.text_encoder, text_encoder, mesh),
+            "text_placement": text_placement(
+                text_config_of_source(source, config.text_encoder), text_encoder, mesh
+            ),
             "shared_by": mesh.sp,
         }
         documents = {"config.yaml": dump_yaml(config), "run.json": json.dumps(record, indent=2)}
@@ -225,7 +232,7 @@ def train(config: RunConfig, *, fresh: bool = False) -> int:
             if mesh.is_first:
                 _show_real_clips(config, source, encode_alone, video_encoder, folder)
             validate(step)
-        _release(video_encoder, text_encoder)
+        release(video_encoder, text_encoder)
 
         meter = throughput_meter(config, mesh)
         steps_left = max(0, config.train.steps - step)
@@ -323,42 +330,6 @@ def _plain(samples: Sequence[BadSample]) -> list[dict[str, object]]:
     return [asdict(sample) for sample in samples]
 
 
-def _encoders(
-    config: RunConfig, source: Source, mesh: Mesh
-) -> tuple[VideoEncoder, TextEncoder | None]:
-    """The run's encoders; of a run that reads a latent store, what is left for them to do."""
-
-    def build_video() -> VideoEncoder:
-        return ready_video_encoder(config.video_encoder, mesh, config.seed)
-
-    def build_text() -> TextEncoder | None:
-        return ready_text_encoder(config.text_encoder, mesh, config.seed)
-
-    if not isinstance(source, StoreSource):
-        return build_video(), build_text()
-    video, text = stored_encoders(
-        source.recipe, config.video_encoder, config.text_encoder, mesh.device, config.seed
-    )
-    lacks_clips, lacks_text = source.lacking if source.media is not None else (False, False)
-    if config.sampling.prompts or config.sampling.labels:
-        # Sampling comes late in a run; that its encoders are not the store's must not.
-        if not lacks_clips:
-            video.real.check()
-        if text is not None and not lacks_text:
-            text.real.check()
-    # What the store has not got, the step encodes as if there were no store.
-    encoders = (build_video() if lacks_clips else video, build_text() if lacks_text else text)
-    check_encoders(source.recipe, *encoders)
-    return encoders
-
-
-def _release(*encoders: VideoEncoder | TextEncoder | None) -> None:
-    """Gives the memory of encoders back that no training step needs."""
-    for encoder in encoders:
-        if isinstance(encoder, (StoredVideoEncoder, StoredTextEncoder)):
-            encoder.real.release()
-
-
 def _held_out(config: RunConfig, mesh: Mesh, model: Model) -> ValidationBatches | None:
     """The held-out samples, if the run has any; decoded when iterated."""
     if config.validation.manifest is None:
@@ -453,7 +424,7 @@ def _sampler(
                 device=mesh.device,
                 with_sizes=config.model.micro_conditioning,
             )
-        _release(video_encoder, text_encoder)
+        release(video_encoder, text_encoder)
         if mesh.is_first:
             write_clips(
                 folder.samples / f"step-{step:08}",

@@ -51,6 +51,13 @@ _ADVICE = (
 )
 
 
+def _beat_seconds(world_size: int) -> float:
+    """How often a process gives a sign of life."""
+    # A thousand a second would be work for the one store that there is; but who waits for them must
+    # hear some before it gives the store up.
+    return min(max(1.0, world_size / 256), _ASKING_SECONDS / (2 * _SILENT_BEATS))
+
+
 class Watchdog:
     """Gives the run up when nothing moves for `timeout_seconds`. All processes make one, after
     `start_distributed`; the first `progressed` starts the clock.
@@ -63,8 +70,7 @@ class Watchdog:
         self._timeout = timeout_seconds
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._own_name = f"rank {self._rank} ({socket.gethostname()}, process {os.getpid()})"
-        # A thousand signs of life a second would be work for the one store that there is.
-        self._beat_seconds = max(1.0, self._world_size / 256)
+        self._beat_seconds = _beat_seconds(self._world_size)
         self._last: tuple[float, str] | None = None
         self._closed = threading.Event()
         self._giving_up = threading.Lock()

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -139,6 +140,34 @@ def test_nothing_of_a_piece_outlives_it(monkeypatch):
         weights = sum(p.nbytes for p in model.parameters())
         assert storages.alive() <= 2.05 * weights, policy
     assert kept["nested"] <= 1.05 * kept["full"]
+
+
+def _note_inputs(model) -> list[StorageWeakRef]:
+    """Of each block's input, as it runs forward first."""
+    noted = []
+
+    def note(block, args):
+        noted.append(StorageWeakRef(args[0].untyped_storage()))
+
+    for block in model.blocks:
+        block.register_forward_pre_hook(note)
+    return noted
+
+
+@pytest.mark.parametrize(
+    ("policy", "offload", "kept"),
+    # Offloaded: the newest, the one that leaves.
+    [("full", False, 6), ("nested", False, 6), ("full", True, 2), ("nested", True, 2)],
+)
+@pytest.mark.parametrize("name", ["stdit", "latte"])
+def test_inputs_of_blocks_are_there_as_long_as_they_must_be(name, policy, offload, kept):
+    case = Case(name, depth=6)
+    model = _checkpointed(case, policy, offload=offload)
+    noted = _note_inputs(model)
+    loss = loss_of(model, case, inputs_of(case, range(BATCH), dtype=torch.float64))
+    assert sum(not storage.expired() for storage in noted) == kept
+    loss.backward()
+    assert sum(not storage.expired() for storage in noted) == 0, "and loss is there still"
 
 
 def test_gradients_of_pieces_are_summed_in_fp32(monkeypatch):

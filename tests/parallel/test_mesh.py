@@ -5,7 +5,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from longtake.parallel import ParallelConfig, build_mesh, start_distributed, stop_distributed
+from longtake.parallel import (
+    COLLECTIVE_MARGIN_SECONDS,
+    ParallelConfig,
+    build_mesh,
+    start_distributed,
+    stop_distributed,
+)
 from longtake.parallel.mesh import (
     attention_degrees,
     compute_dtype,
@@ -112,6 +118,23 @@ def test_a_token_group_is_divided_into_neighbours_and_rings():
         ]
     assert run_in_processes(_divided, 2, 2, 4)[1] == [(1, [0, 1]), None]
     assert run_in_processes(_divided, 2, 2, 1)[1] == [None, (1, [0, 1])]
+
+
+def _timeouts():
+    config = ParallelConfig(sp=2, dp_replicate=2, timeout_seconds=4321)
+    mesh = build_mesh(config, start_distributed("cpu", timeout_seconds=4321))
+    groups = [
+        *mesh.device_mesh.get_all_groups(),
+        *mesh.with_own_groups().device_mesh.get_all_groups(),
+        _resolve_process_group(mesh.token_group.name),
+    ]
+    cpu = torch.device("cpu")
+    return [group._get_backend(cpu).options._timeout.total_seconds() for group in groups]
+
+
+def test_every_group_waits_as_long_as_is_said():
+    for timeouts in run_in_processes(_timeouts, 4):
+        assert timeouts == [4321 + COLLECTIVE_MARGIN_SECONDS] * 5
 
 
 def _lonely():

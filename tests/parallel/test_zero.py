@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longtake.models import init_weights
 from longtake.parallel import ParallelConfig, build_mesh, local_part, read_full, start_distributed
 from longtake.parallel.mesh import resolve_degrees
 from longtake.pipeline import Trainee, training_step
@@ -104,9 +105,11 @@ class _CountReductions(TorchDispatchMode):
     """Counts the collectives that reduce gradients, within the context."""
 
     count = 0
+    between_replicas = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += "reduce_scatter" in str(func)
+        self.between_replicas += "allreduce" in str(func)
         return func(*args, **(kwargs or {}))
 
 
@@ -132,6 +135,48 @@ def test_levels_below_2_reduce_once_a_step_and_the_others_every_micro_batch():
     one, two, three = run_in_processes(_reductions, 2, (1, 2, 3), timeout_seconds=90)[0]
     assert one > 0
     assert (two, three) == (2 * one, 2 * one)
+
+
+MICRO_BATCHES = 3
+
+
+def _replicated(levels: tuple[int, ...]):
+    """All-reduces and gradients of two replicas of two shards, by level."""
+    from longtake.parallel import sync_gradients
+    from tests.parallel.sequence_cases import loss_of
+
+    device, results = start_distributed("cpu"), []
+    for zero in levels:
+        case = Case("dit").on(zero=zero, dp_replicate=2)
+        mesh = build_mesh(case.parallel, device)
+        model = parallel_model(case, mesh)
+        with _CountReductions() as counted:
+            for number in range(MICRO_BATCHES):
+                sync_gradients(model, is_last=number == MICRO_BATCHES - 1)
+                own = inputs_of(case, range(number, number + 1), step=mesh.dp_rank)
+                loss_of(model, case, own).backward()
+        gradients = {n: read_full(p.grad) for n, p in model.named_parameters()}
+        results.append((counted.between_replicas, gradients))
+    return results
+
+
+def test_replicas_reduce_once_a_step_at_every_level():
+    from tests.parallel.sequence_cases import build, loss_of, write_shaken
+
+    case = Case("dit")
+    model = build(case)
+    init_weights(model, seed=0, write=write_shaken)
+    for step in range(4):
+        for number in range(MICRO_BATCHES):
+            inputs = inputs_of(case, range(number, number + 1), step=step)
+            (loss_of(model, case, inputs) / 4).backward()
+    counts = set()
+    for count, found in run_in_processes(_replicated, 4, (1, 2, 3), timeout_seconds=120)[0]:
+        counts.add(count)
+        for name, param in model.named_parameters():
+            torch.testing.assert_close(found[name], param.grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert len(counts) == 1
+    assert min(counts) > 0
 
 
 def test_replicas_leave_nothing_to_shard():

@@ -328,6 +328,11 @@ def test_mixes_that_do_not_fit_are_refused(real, mixed, tmp_path):
         outcome = longtake("train", "--config", save_config(config))
         assert outcome.status == 2, outcome.err
         assert problem in outcome.err
+    # A process whose captions are all there would not meet the others in its collectives.
+    text = replace(mixed.text_encoder, placement="sharded")
+    outcome = longtake("train", "--config", save_config(replace(mixed, text_encoder=text)))
+    assert outcome.status == 2, outcome.err
+    assert "placement=sharded needs all processes in every step" in outcome.err
     seeded = replace(refused, seed=1, data=mixed.data)  # other random weights
     outcome = longtake("train", "--config", save_config(seeded))
     assert outcome.status == 2, outcome.err

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from longtake.parallel import start_distributed
-from longtake.training import Watchdog
+from longtake.training import Watchdog, watchdog
 from tests.processes import Processes, run_in_processes
 
 
@@ -68,3 +68,10 @@ def test_a_lost_connection_is_explained(message, is_lost, caplog, monkeypatch):
     with pytest.raises(RuntimeError, match=message[:10]):
         _lose(message)
     assert ("has lost another process" in caplog.text) == is_lost
+
+
+@pytest.mark.parametrize("world_size", [1, 1024, 100_000])
+def test_signs_of_life_come_before_the_store_is_given_up(world_size):
+    beat = watchdog._beat_seconds(world_size)
+    assert beat >= 1
+    assert watchdog._SILENT_BEATS * beat < watchdog._ASKING_SECONDS
