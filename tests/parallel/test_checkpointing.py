@@ -23,6 +23,7 @@ from tests.parallel.sequence_cases import (
     EVEN,
     IMAGE,
     NAMES,
+    SIZES,
     UNEVEN,
     Case,
     assert_same,
@@ -300,7 +301,7 @@ def test_offload_without_checkpointed_blocks_is_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_nested_and_offloaded_is_the_same_in_less_memory(monkeypatch):
     monkeypatch.setattr(branches, "PIECE_TOKENS", 2**12)
-    case, device = Case("stdit", latents=(16, 64, 64)), torch.device("cuda")
+    case, device = Case("stdit", latents=(16, 64, 64), depth=6), torch.device("cuda")
     peaks, found = [], []
     for policy, offload in (("none", False), ("nested", False), ("nested", True)):
         model = _checkpointed(case, policy, offload=offload, dtype=torch.float32).to(device)
@@ -316,5 +317,6 @@ def test_on_a_gpu_nested_and_offloaded_is_the_same_in_less_memory(monkeypatch):
             error = (gradients[name] - gradient).norm() / gradient.norm()
             assert error < 1e-4, f"{name}: {error:.2g}"
     assert peaks[0] > 1.5 * peaks[1]
-    # Two blocks are too few to offload much: the same tensors, and none more.
-    assert peaks[2] <= 1.05 * peaks[1]
+    # Of six inputs three are elsewhere at the turn.
+    stream_bytes = BATCH * 16 * 32 * 32 * SIZES["hidden_size"] * 4
+    assert peaks[2] <= peaks[1] - 2 * stream_bytes
