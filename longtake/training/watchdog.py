@@ -164,6 +164,8 @@ class Watchdog:
         try:
             store = self._open_store()
             store.set(f"name/{self._rank}", self._own_name)
+            # One at once: whoever has given none goes by its number, not by its name.
+            store.add(f"beat/{self._rank}", 1)
             while not self._closed.wait(self._beat_seconds):
                 store.add(f"beat/{self._rank}", 1)
                 if store.check(["alarm"]):
