@@ -15,6 +15,7 @@ from torch import Tensor
 
 from longtake.ops.column_sum import column_sum
 from longtake.ops.elementwise import picks_triton
+from longtake.ops.operation import operation
 from longtake.ops.weight_gradient import weight_gradient
 
 
@@ -28,7 +29,7 @@ def carried_linear_reference(
 # torch.addmm copies its addend before it accumulates: two passes over all tokens. In place there is
 # no copy, but the gradient that arrives may be somebody else's: only the compiler knows, and gives
 # an operation that changes its argument a copy where it must.
-@torch.library.custom_op("longtake::add_product", mutates_args={"sum_MD"})
+@operation("longtake::add_product", mutates_args=("sum_MD",))
 def _add_product(sum_MD: Tensor, a_MO: Tensor, b_OD: Tensor) -> None:
     """Adds a b."""
     sum_MD.addmm_(a_MO, b_OD)

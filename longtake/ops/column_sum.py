@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longtake.ops.elementwise import deal_rows, picks_triton, require_kernel_dtype
+from longtake.ops.operation import operation, register_fake
 from longtake.ops.triton_language import tl, triton
 
 # A program reads TILE_ROWS rows of a block of columns at a time. PROGRAMS: enough that each of the
@@ -97,7 +98,7 @@ def sum_partials(partials_GPF: Tensor) -> Tensor:
     return sums_GF
 
 
-@torch.library.custom_op("longtake::column_sum", mutates_args=())
+@operation("longtake::column_sum")
 def _column_sum(x_NF: Tensor) -> Tensor:
     require_kernel_dtype(x=x_NF)
     x_NF = x_NF.contiguous()
@@ -122,7 +123,7 @@ def _column_sum(x_NF: Tensor) -> Tensor:
     return sum_partials(partials_PF[None])[0]
 
 
-@_column_sum.register_fake
+@register_fake(_column_sum)
 def _(x_NF: Tensor) -> Tensor:
     return x_NF.new_empty(x_NF.shape[1], dtype=torch.float32)
 

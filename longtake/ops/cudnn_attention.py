@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longtake.ops import kernels
+from longtake.ops.operation import operation, register_autograd, register_fake
 
 aten = torch.ops.aten
 
@@ -90,7 +91,7 @@ def cudnn_attend_backward(
     return dq_BNAE, dk_BLAE, dv_BLAE
 
 
-@torch.library.custom_op("longtake::cudnn_attention", mutates_args=())
+@operation("longtake::cudnn_attention")
 def _cudnn_attention(
     qkv_BN3AE: Tensor,  # (B, N, 3, A, E), last dimension dense
 ) -> tuple[Tensor, Tensor]:
@@ -98,7 +99,7 @@ def _cudnn_attention(
     return cudnn_attend(*qkv_BN3AE.unbind(2))
 
 
-@_cudnn_attention.register_fake
+@register_fake(_cudnn_attention)
 def _(qkv_BN3AE: Tensor) -> tuple[Tensor, Tensor]:
     B, N, _, A, E = qkv_BN3AE.shape
     return (
@@ -107,7 +108,7 @@ def _(qkv_BN3AE: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("longtake::cudnn_attention_backward", mutates_args=())
+@operation("longtake::cudnn_attention_backward")
 def _cudnn_attention_backward(
     grad_out_BNAE: Tensor,  # (B, N, A, E)
     qkv_BN3AE: Tensor,  # (B, N, 3, A, E)
@@ -122,7 +123,7 @@ def _cudnn_attention_backward(
     return torch.stack(gradients_BNAE, dim=2)
 
 
-@_cudnn_attention_backward.register_fake
+@register_fake(_cudnn_attention_backward)
 def _(grad_out_BNAE: Tensor, qkv_BN3AE: Tensor, out_BNAE: Tensor, logsumexp_BAN: Tensor) -> Tensor:
     return qkv_BN3AE.new_empty(qkv_BN3AE.shape)
 
@@ -138,7 +139,7 @@ def _backward(ctx: Any, grad_out_BNAE: Tensor, _: Tensor | None) -> Tensor:
     return _cudnn_attention_backward(grad_out_BNAE, *ctx.saved_tensors)
 
 
-_cudnn_attention.register_autograd(_backward, setup_context=_save_for_backward)
+register_autograd(_cudnn_attention, _backward, setup_context=_save_for_backward)
 
 
 def cudnn_attention(qkv_BN3AE: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.ops.operation import operation, register_autograd, register_fake
+
 # Checked against explicit softmax in float64, forward and backward, on an H200 with 4.0.0b12.
 RIGHT_HEAD_SIZES = (64, 96, 128)
 MIN_CAPABILITY = (9, 0)
@@ -132,7 +134,7 @@ def _attend_backward(
     )
 
 
-@torch.library.custom_op("longtake::fa4_attention", mutates_args=())
+@operation("longtake::fa4_attention")
 def _fa4_attention(
     qkv_BN3AE: Tensor,  # (B, N, 3, A, E), last dimension dense
 ) -> tuple[Tensor, Tensor]:
@@ -140,7 +142,7 @@ def _fa4_attention(
     return _attend(*_pad_heads(qkv_BN3AE).unbind(2), head_size=qkv_BN3AE.shape[-1])
 
 
-@_fa4_attention.register_fake
+@register_fake(_fa4_attention)
 def _(qkv_BN3AE: Tensor) -> tuple[Tensor, Tensor]:
     B, N, _, A, E = qkv_BN3AE.shape
     return (
@@ -149,7 +151,7 @@ def _(qkv_BN3AE: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("longtake::fa4_attention_backward", mutates_args=())
+@operation("longtake::fa4_attention_backward")
 def _fa4_attention_backward(
     grad_out_BNAE: Tensor,  # (B, N, A, E)
     qkv_BN3AE: Tensor,  # (B, N, 3, A, E)
@@ -171,7 +173,7 @@ def _fa4_attention_backward(
     return dqkv_BN3AP[..., :head_size].contiguous()
 
 
-@_fa4_attention_backward.register_fake
+@register_fake(_fa4_attention_backward)
 def _(grad_out_BNAE: Tensor, qkv_BN3AE: Tensor, out_BNAE: Tensor, logsumexp_BAN: Tensor) -> Tensor:
     return qkv_BN3AE.new_empty(qkv_BN3AE.shape)
 
@@ -199,7 +201,7 @@ def _backward(ctx: Any, grad_out_BNAE: Tensor, _: Tensor | None) -> Tensor:
     return _fa4_attention_backward(grad_out_BNAE, *ctx.saved_tensors)
 
 
-_fa4_attention.register_autograd(_backward, setup_context=_save_for_backward)
+register_autograd(_fa4_attention, _backward, setup_context=_save_for_backward)
 
 
 def fa4_attention(qkv_BN3AE: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from longtake.ops.flash_attention_kernel import (
     flash_attention_query_gradient,
 )
 from longtake.ops.kernels import triton_problem
+from longtake.ops.operation import operation, register_autograd, register_fake
 from longtake.ops.plain_attention import attention_reference
 from longtake.ops.triton_language import triton
 
@@ -200,7 +201,7 @@ def _launch_options(qkv_BN3AE: Tensor, tiles: Tiles) -> dict[str, Any]:
     }
 
 
-@torch.library.custom_op("longtake::flash_attention", mutates_args=())
+@operation("longtake::flash_attention")
 def _flash_attention(
     qkv_BN3AE: Tensor,  # (B, N, 3, A, E), any strides; a dense last dimension saves a copy
 ) -> tuple[Tensor, Tensor]:
@@ -208,13 +209,13 @@ def _flash_attention(
     return launch_forward(qkv_BN3AE)
 
 
-@_flash_attention.register_fake
+@register_fake(_flash_attention)
 def _(qkv_BN3AE: Tensor) -> tuple[Tensor, Tensor]:
     _, N, _, _, E = qkv_BN3AE.shape
     return _empty_outputs(qkv_BN3AE, forward_tiles(N, E, qkv_BN3AE.dtype))
 
 
-@torch.library.custom_op("longtake::flash_attention_backward", mutates_args=())
+@operation("longtake::flash_attention_backward")
 def _flash_attention_backward(
     dout_BNAE: Tensor,  # (B, N, A, E)
     qkv_BN3AE: Tensor,  # (B, N, 3, A, E)
@@ -225,7 +226,7 @@ def _flash_attention_backward(
     return launch_backward(dout_BNAE, qkv_BN3AE, out_BNAE, lse_BAR)
 
 
-@_flash_attention_backward.register_fake
+@register_fake(_flash_attention_backward)
 def _(dout_BNAE: Tensor, qkv_BN3AE: Tensor, out_BNAE: Tensor, lse_BAR: Tensor) -> Tensor:
     return qkv_BN3AE.new_empty(qkv_BN3AE.shape)
 
@@ -241,7 +242,7 @@ def _backward(ctx: Any, dout_BNAE: Tensor | None, _: Tensor | None) -> Tensor | 
     return _flash_attention_backward(dout_BNAE, *ctx.saved_tensors)
 
 
-_flash_attention.register_autograd(_backward, setup_context=_save_for_backward)
+register_autograd(_flash_attention, _backward, setup_context=_save_for_backward)
 
 
 def flash_problem(head_size: int, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -21,6 +21,7 @@ from longtake.ops.elementwise import (
     split_row,
     warps_per_row,
 )
+from longtake.ops.operation import operation, register_fake
 from longtake.ops.row_per_sample import row_per_sample
 from longtake.ops.triton_language import tl, triton
 
@@ -130,7 +131,7 @@ def _gated_residual_backward_kernel(
             tl.store(dgate_ptr + start + tail, tail_dgate, mask=in_row)
 
 
-@torch.library.custom_op("longtake::gated_residual_forward", mutates_args=())
+@operation("longtake::gated_residual_forward")
 def _forward(x_BND: Tensor, gate_BD: Tensor | None, y_BND: Tensor) -> Tensor:
     require_kernel_dtype(x=x_BND, gate=gate_BD, y=y_BND)
     x_BND, y_BND = x_BND.contiguous(), y_BND.contiguous()
@@ -158,12 +159,12 @@ def _forward(x_BND: Tensor, gate_BD: Tensor | None, y_BND: Tensor) -> Tensor:
     return out_BND
 
 
-@_forward.register_fake
+@register_fake(_forward)
 def _(x_BND: Tensor, gate_BD: Tensor | None, y_BND: Tensor) -> Tensor:
     return x_BND.new_empty(x_BND.shape)
 
 
-@torch.library.custom_op("longtake::gated_residual_backward", mutates_args=())
+@operation("longtake::gated_residual_backward")
 def _backward(
     dout_BND: Tensor, gate_BD: Tensor, y_BND: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,7 +200,7 @@ def _backward(
     return dy_BND, dbias_D.new_empty(0) if dgate_BPD is None else sum_partials(dgate_BPD), dbias_D
 
 
-@_backward.register_fake
+@register_fake(_backward)
 def _(dout_BND: Tensor, gate_BD: Tensor, y_BND: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     dy_BND = (dout_BND if y_BND is None else y_BND).new_empty(dout_BND.shape)
     dgate_BD = gate_BD.new_empty(0 if y_BND is None else gate_BD.shape, dtype=torch.float32)

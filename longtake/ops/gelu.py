@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longtake.ops.column_sum import block_of_columns, sum_partials
 from longtake.ops.elementwise import deal_rows, picks_triton, require_kernel_dtype
+from longtake.ops.operation import operation, register_fake
 from longtake.ops.triton_language import tl, triton
 
 # The forward knows no rows: a program takes so many elements.
@@ -90,7 +91,7 @@ def _gelu_backward_kernel(
     tl.store(partials_ptr + chunk.to(tl.int64) * F + column, dbias, mask=column < F)
 
 
-@torch.library.custom_op("longtake::gelu_forward", mutates_args=())
+@operation("longtake::gelu_forward")
 def _forward(pre: Tensor) -> Tensor:
     require_kernel_dtype(pre=pre)
     pre = pre.contiguous()
@@ -103,12 +104,12 @@ def _forward(pre: Tensor) -> Tensor:
     return act
 
 
-@_forward.register_fake
+@register_fake(_forward)
 def _(pre: Tensor) -> Tensor:
     return pre.new_empty(pre.shape)
 
 
-@torch.library.custom_op("longtake::gelu_backward", mutates_args=())
+@operation("longtake::gelu_backward")
 def _backward(dact_NF: Tensor, pre_NF: Tensor, with_output: bool) -> tuple[Tensor, Tensor, Tensor]:
     require_kernel_dtype(dact=dact_NF, pre=pre_NF)
     dact_NF, pre_NF = dact_NF.contiguous(), pre_NF.contiguous()
@@ -139,7 +140,7 @@ def _backward(dact_NF: Tensor, pre_NF: Tensor, with_output: bool) -> tuple[Tenso
     return dpre_NF, pre_NF.new_empty(0) if act_NF is None else act_NF, dbias_F
 
 
-@_backward.register_fake
+@register_fake(_backward)
 def _(dact_NF: Tensor, pre_NF: Tensor, with_output: bool) -> tuple[Tensor, Tensor, Tensor]:
     act_NF = pre_NF.new_empty(pre_NF.shape if with_output else 0)
     dbias_F = pre_NF.new_empty(pre_NF.shape[1], dtype=torch.float32)

@@ -24,6 +24,7 @@ from longtake.ops.elementwise import (
     sum_row,
     warps_per_row,
 )
+from longtake.ops.operation import operation, register_fake
 from longtake.ops.row_per_sample import row_per_sample
 from longtake.ops.triton_language import tl, triton
 
@@ -188,7 +189,7 @@ def _norm_modulate_backward_kernel(
         tl.store(dscale_ptr + tail, tail_dscale, mask=in_row)
 
 
-@torch.library.custom_op("longtake::norm_modulate_forward", mutates_args=())
+@operation("longtake::norm_modulate_forward")
 def _forward(
     x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,7 +226,7 @@ def _forward(
     return h_BND, mean_BN, rstd_BN
 
 
-@_forward.register_fake
+@register_fake(_forward)
 def _(
     x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,7 +234,7 @@ def _(
     return x_BND.new_empty(x_BND.shape), mean_BN, torch.empty_like(mean_BN)
 
 
-@torch.library.custom_op("longtake::norm_modulate_backward", mutates_args=())
+@operation("longtake::norm_modulate_backward")
 def _backward(
     dh_BND: Tensor,
     x_BND: Tensor,
@@ -283,7 +284,7 @@ def _backward(
     return dx_BND, sums_2BD, x_BND.new_empty(0) if h_BND is None else h_BND
 
 
-@_backward.register_fake
+@register_fake(_backward)
 def _(
     dh_BND: Tensor,
     x_BND: Tensor,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longtake.ops.elementwise import picks_triton
+from longtake.ops.operation import operation, register_autograd, register_fake
 from longtake.ops.qk_norm_rotary_kernel import launch_backward, launch_forward
 from longtake.ops.rms_norm import rms_norm_reference
 from longtake.ops.rotary import rotary_reference
@@ -31,7 +32,7 @@ def qk_norm_rotary_reference(
     return torch.stack((q, k, v), dim=-3)
 
 
-@torch.library.custom_op("longtake::qk_norm_rotary", mutates_args=())
+@operation("longtake::qk_norm_rotary")
 def _forward(
     qkv: Tensor,
     q_weight_E: Tensor,
@@ -43,7 +44,7 @@ def _forward(
     return launch_forward(qkv, q_weight_E, k_weight_E, sin_TF, cos_TF, eps)
 
 
-@_forward.register_fake
+@register_fake(_forward)
 def _(
     qkv: Tensor,
     q_weight_E: Tensor,
@@ -55,7 +56,7 @@ def _(
     return qkv.new_empty(qkv.shape)
 
 
-@torch.library.custom_op("longtake::qk_norm_rotary_backward", mutates_args=())
+@operation("longtake::qk_norm_rotary_backward")
 def _backward(
     dout: Tensor,
     qkv: Tensor,
@@ -68,7 +69,7 @@ def _backward(
     return launch_backward(dout, qkv, q_weight_E, k_weight_E, sin_TF, cos_TF, eps)
 
 
-@_backward.register_fake
+@register_fake(_backward)
 def _(
     dout: Tensor,
     qkv: Tensor,
@@ -94,7 +95,7 @@ def _differentiate(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     return dqkv, dq_weight_E, dk_weight_E, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save_inputs)
+register_autograd(_forward, _differentiate, setup_context=_save_inputs)
 
 
 def qk_norm_rotary(

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longtake.ops.operation import operation, register_fake
+
 MAX_PERIOD = 10_000.0
 
 
@@ -20,12 +22,12 @@ def sincos_reference(positions_N: Tensor, num_frequencies: int) -> Tensor:
 
 # Opaque to torch.compile, which would otherwise inline the float64 sines of a small table into the
 # element-wise kernel over all tokens that reads it, and compute them again for each.
-@torch.library.custom_op("longtake::sincos", mutates_args=())
+@operation("longtake::sincos")
 def _sincos(positions_N: Tensor, num_frequencies: int) -> Tensor:
     return sincos_reference(positions_N, num_frequencies)
 
 
-@_sincos.register_fake
+@register_fake(_sincos)
 def _(positions_N: Tensor, num_frequencies: int) -> Tensor:
     return positions_N.new_empty(len(positions_N), 2 * num_frequencies, dtype=torch.float32)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from longtake.ops import kernels
 from longtake.ops.attention import self_attention_by
 from longtake.ops.kernels import triton_problem
+from longtake.ops.operation import operation, register_autograd, register_fake
 from longtake.ops.temporal_attention_kernel import (
     MAX_FRAMES,
     MAX_HEAD_SIZE,
@@ -38,7 +39,7 @@ def temporal_attention_reference(qkv_BTS3AE: Tensor) -> Tensor:
     return out_BTSAE.to(qkv_BTS3AE.dtype).contiguous()
 
 
-@torch.library.custom_op("longtake::temporal_attention", mutates_args=())
+@operation("longtake::temporal_attention")
 def _temporal_attention(
     qkv_BTS3AE: Tensor,  # (B, T, S, 3, A, E), any strides; a dense last dimension saves a copy
 ) -> Tensor:
@@ -46,13 +47,13 @@ def _temporal_attention(
     return launch_forward(qkv_BTS3AE)
 
 
-@_temporal_attention.register_fake
+@register_fake(_temporal_attention)
 def _(qkv_BTS3AE: Tensor) -> Tensor:
     B, T, S, _, A, E = qkv_BTS3AE.shape
     return qkv_BTS3AE.new_empty(B, T, S, A, E)
 
 
-@torch.library.custom_op("longtake::temporal_attention_backward", mutates_args=())
+@operation("longtake::temporal_attention_backward")
 def _temporal_attention_backward(
     dout_BTSAE: Tensor,  # (B, T, S, A, E)
     qkv_BTS3AE: Tensor,  # (B, T, S, 3, A, E)
@@ -61,7 +62,7 @@ def _temporal_attention_backward(
     return launch_backward(dout_BTSAE, qkv_BTS3AE)
 
 
-@_temporal_attention_backward.register_fake
+@register_fake(_temporal_attention_backward)
 def _(dout_BTSAE: Tensor, qkv_BTS3AE: Tensor) -> Tensor:
     return qkv_BTS3AE.new_empty(qkv_BTS3AE.shape)
 
@@ -74,7 +75,7 @@ def _backward(ctx: Any, dout_BTSAE: Tensor) -> Tensor:
     return _temporal_attention_backward(dout_BTSAE, *ctx.saved_tensors)
 
 
-_temporal_attention.register_autograd(_backward, setup_context=_save_for_backward)
+register_autograd(_temporal_attention, _backward, setup_context=_save_for_backward)
 
 
 def packed_problem(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longtake.ops import kernels
 from longtake.ops.kernels import triton_problem
+from longtake.ops.operation import operation, register_autograd, register_fake
 from longtake.ops.plain_attention import attention_sdpa
 from longtake.ops.text_attention_kernel import MAX_HEAD_SIZE, launch_backward, launch_forward
 
@@ -45,7 +46,7 @@ def _fill_empty(key_mask_BL: Tensor, v_BLAE: Tensor) -> tuple[Tensor, Tensor]:
     return key_mask_BL | is_empty_B[:, None], v_BLAE
 
 
-@torch.library.custom_op("longtake::text_attention", mutates_args=())
+@operation("longtake::text_attention")
 def _text_attention(
     q_BNAE: Tensor, kv_BL2AE: Tensor, key_mask_BL: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -53,13 +54,13 @@ def _text_attention(
     return launch_forward(q_BNAE, kv_BL2AE, key_mask_BL)
 
 
-@_text_attention.register_fake
+@register_fake(_text_attention)
 def _(q_BNAE: Tensor, kv_BL2AE: Tensor, key_mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
     B, N, A, E = q_BNAE.shape
     return q_BNAE.new_empty(B, N, A, E), q_BNAE.new_empty(B, A, N, dtype=torch.float32)
 
 
-@torch.library.custom_op("longtake::text_attention_backward", mutates_args=())
+@operation("longtake::text_attention_backward")
 def _text_attention_backward(
     dout_BNAE: Tensor,
     q_BNAE: Tensor,
@@ -71,7 +72,7 @@ def _text_attention_backward(
     return launch_backward(dout_BNAE, q_BNAE, kv_BL2AE, key_mask_BL, lse_BAN)
 
 
-@_text_attention_backward.register_fake
+@register_fake(_text_attention_backward)
 def _(
     dout_BNAE: Tensor,
     q_BNAE: Tensor,
@@ -95,7 +96,7 @@ def _gradients(ctx: Any, dout_BNAE: Tensor | None, dlse_BAN: Tensor | None) -> t
     return *_text_attention_backward(dout_BNAE, *ctx.saved_tensors), None
 
 
-_text_attention.register_autograd(_gradients, setup_context=_save)
+register_autograd(_text_attention, _gradients, setup_context=_save)
 
 
 def text_attention(q_BNAE: Tensor, kv_BL2AE: Tensor, key_mask_BL: Tensor | None = None) -> Tensor:

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
+from longtake.ops.operation import operation, register_autograd, register_fake
 from longtake.ops.partial_attention import (
     accumulation_dtype,
     merge_part,
@@ -58,7 +59,7 @@ def ring_attention(qkv_BN3AE: Tensor, ring: TokenGroup, *, num_tokens: int) -> T
     return _ring_attention(qkv_BN3AE, num_tokens, *where, backend)[0]
 
 
-@torch.library.custom_op("longtake::ring_attention", mutates_args=())
+@operation("longtake::ring_attention")
 def _ring_attention(
     qkv_BN3AE: Tensor, num_tokens: int, name: str, size: int, rank: int, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -78,7 +79,7 @@ def _ring_attention(
     return out_BNAE.to(qkv_BN3AE.dtype), lse_BAN
 
 
-@_ring_attention.register_fake
+@register_fake(_ring_attention)
 def _(
     qkv_BN3AE: Tensor, num_tokens: int, name: str, size: int, rank: int, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -87,7 +88,7 @@ def _(
     return qkv_BN3AE.new_empty(B, N, A, E), lse_BAN
 
 
-@torch.library.custom_op("longtake::ring_attention_backward", mutates_args=())
+@operation("longtake::ring_attention_backward")
 def _ring_attention_backward(
     dout_BNAE: Tensor,  # zero in the rows of fillers
     qkv_BN3AE: Tensor,
@@ -131,7 +132,7 @@ def _ring_attention_backward(
     return dqkv_BN3AE
 
 
-@_ring_attention_backward.register_fake
+@register_fake(_ring_attention_backward)
 def _(
     dout_BNAE: Tensor,
     qkv_BN3AE: Tensor,
@@ -158,7 +159,7 @@ def _backward(ctx: Any, dout_BNAE: Tensor, _: Tensor | None) -> tuple[Tensor | N
     return dqkv_BN3AE, *(None for _ in ctx.ring)
 
 
-_ring_attention.register_autograd(_backward, setup_context=_save_for_backward)
+register_autograd(_ring_attention, _backward, setup_context=_save_for_backward)
 
 
 def _queries_and_rest(qkv_BN3AE: Tensor) -> tuple[Tensor, Tensor]:
