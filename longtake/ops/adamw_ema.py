@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longtake.ops import adamw_ema_kernel as kernels
+from longtake.ops.launch import launch
 from longtake.ops.tensor_table import CHUNK, TensorTable
 from longtake.ops.triton_language import tl, triton
 
@@ -81,20 +82,27 @@ def squared_norm(tensors: Tensors, table: TensorTable | None = None) -> Tensor:
     if not table.num_chunks:
         return total
     sums_C = torch.empty(table.num_chunks, dtype=torch.float32, device=device)
-    with torch.cuda.device_of(total):
-        kernels.sum_of_squares_kernel[(table.num_chunks,)](
-            table.addresses_RP,
-            table.sizes_P,
-            table.chunks_2C,
-            sums_C,
-            DTYPE=_triton_dtype(tensors[0].dtype),
-            CHUNK=CHUNK,
-            BLOCK=kernels.NORM_BLOCK,
-            num_warps=kernels.NUM_WARPS,
-        )
-        kernels.sum_kernel[(1,)](
-            sums_C, table.num_chunks, total, BLOCK_C=kernels.SUM_BLOCK, num_warps=8
-        )
+    launch(
+        kernels.sum_of_squares_kernel,
+        (table.num_chunks,),
+        table.addresses_RP,
+        table.sizes_P,
+        table.chunks_2C,
+        sums_C,
+        DTYPE=_triton_dtype(tensors[0].dtype),
+        CHUNK=CHUNK,
+        BLOCK=kernels.NORM_BLOCK,
+        num_warps=kernels.NUM_WARPS,
+    )
+    launch(
+        kernels.sum_kernel,
+        (1,),
+        sums_C,
+        table.num_chunks,
+        total,
+        BLOCK_C=kernels.SUM_BLOCK,
+        num_warps=8,
+    )
     return total
 
 
@@ -139,39 +147,42 @@ def adamw_ema(
     table.write(*lists)
     device, num_tensors = params[0].device, len(params)
     corrections_2P = torch.empty(2, num_tensors, dtype=torch.float32, device=device)
-    with torch.cuda.device_of(corrections_2P):
-        kernels.begin_update_kernel[(triton.cdiv(num_tensors, kernels.STEP_BLOCK),)](
-            table.addresses_RP[-1],
-            num_tensors,
-            applied,
-            corrections_2P,
-            _log(betas[0]),
-            _log(betas[1]),
-            BLOCK_P=kernels.STEP_BLOCK,
-            num_warps=4,
-        )
-        if not table.num_chunks:
-            return
-        # lr and ema_rate change from step to step: as numbers of the launch, not of the code.
-        kernels.adamw_ema_kernel[(table.num_chunks,)](
-            table.addresses_RP,
-            table.sizes_P,
-            table.chunks_2C,
-            corrections_2P,
-            clip_factor,
-            applied,
-            num_tensors,
-            float(lr),
-            float(1 - betas[0]),
-            float(1 - betas[1]),
-            float(eps),
-            float(lr * weight_decay),
-            float(ema_rate),
-            GRADIENT=_triton_dtype(gradients[0].dtype),
-            CHUNK=CHUNK,
-            BLOCK=kernels.BLOCK,
-            num_warps=kernels.NUM_WARPS,
-        )
+    launch(
+        kernels.begin_update_kernel,
+        (triton.cdiv(num_tensors, kernels.STEP_BLOCK),),
+        table.addresses_RP[-1],
+        num_tensors,
+        applied,
+        corrections_2P,
+        _log(betas[0]),
+        _log(betas[1]),
+        BLOCK_P=kernels.STEP_BLOCK,
+        num_warps=4,
+    )
+    if not table.num_chunks:
+        return
+    # lr and ema_rate change from step to step: as numbers of the launch, not of the code.
+    launch(
+        kernels.adamw_ema_kernel,
+        (table.num_chunks,),
+        table.addresses_RP,
+        table.sizes_P,
+        table.chunks_2C,
+        corrections_2P,
+        clip_factor,
+        applied,
+        num_tensors,
+        float(lr),
+        float(1 - betas[0]),
+        float(1 - betas[1]),
+        float(eps),
+        float(lr * weight_decay),
+        float(ema_rate),
+        GRADIENT=_triton_dtype(gradients[0].dtype),
+        CHUNK=CHUNK,
+        BLOCK=kernels.BLOCK,
+        num_warps=kernels.NUM_WARPS,
+    )
 
 
 def _log(beta: float) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longtake.ops.elementwise import deal_rows, picks_triton, require_kernel_dtype
+from longtake.ops.launch import launch
 from longtake.ops.operation import operation, register_fake
 from longtake.ops.triton_language import tl, triton
 
@@ -91,10 +92,17 @@ def sum_partials(partials_GPF: Tensor) -> Tensor:
     rows = min(triton.next_power_of_2(max(num_partials, 1)), 256)
     columns = min(PARTIALS_TILE // rows, 256)
     grid = (num_groups * triton.cdiv(width, columns),)
-    with torch.cuda.device_of(partials_GPF):
-        _sum_partials_kernel[grid](
-            partials_GPF, sums_GF, num_partials, width, ROWS=rows, COLUMNS=columns, num_warps=4
-        )
+    launch(
+        _sum_partials_kernel,
+        grid,
+        partials_GPF,
+        sums_GF,
+        num_partials,
+        width,
+        ROWS=rows,
+        COLUMNS=columns,
+        num_warps=4,
+    )
     return sums_GF
 
 
@@ -109,17 +117,18 @@ def _column_sum(x_NF: Tensor) -> Tensor:
     programs = PROGRAMS // num_blocks
     rows, chunks = deal_rows(num_rows, 1, multiple=TILE_ROWS, programs=programs)
     partials_PF = x_NF.new_empty(chunks, width, dtype=torch.float32)
-    with torch.cuda.device_of(x_NF):
-        _column_sum_kernel[(chunks * num_blocks,)](
-            x_NF,
-            partials_PF,
-            num_rows,
-            width,
-            rows,
-            ROWS=TILE_ROWS,
-            COLUMNS=columns,
-            num_warps=num_warps,
-        )
+    launch(
+        _column_sum_kernel,
+        (chunks * num_blocks,),
+        x_NF,
+        partials_PF,
+        num_rows,
+        width,
+        rows,
+        ROWS=TILE_ROWS,
+        COLUMNS=columns,
+        num_warps=num_warps,
+    )
     return sum_partials(partials_PF[None])[0]
 
 

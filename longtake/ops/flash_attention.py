@@ -9,7 +9,6 @@ k and v.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from longtake.ops.flash_attention_kernel import (
     flash_attention_query_gradient,
 )
 from longtake.ops.kernels import triton_problem
+from longtake.ops.launch import launch
 from longtake.ops.operation import operation, register_autograd, register_fake
 from longtake.ops.plain_attention import attention_reference
 from longtake.ops.triton_language import triton
@@ -100,17 +100,18 @@ def launch_forward(qkv_BN3AE: Tensor, tiles: Tiles | None = None) -> tuple[Tenso
     if out_BNAE.numel() == 0:
         return out_BNAE, lse_BAR
     qkv_BN3AE = _readable(qkv_BN3AE)
-    with _device_of(qkv_BN3AE):
-        flash_attention_forward[(B * A * math.ceil(N / tiles.queries),)](
-            qkv_BN3AE,
-            out_BNAE,
-            lse_BAR,
-            N,
-            lse_BAR.shape[-1],
-            qkv_BN3AE.stride(0),
-            math.log2(math.e) * E**-0.5,
-            **_launch_options(qkv_BN3AE, tiles),
-        )
+    launch(
+        flash_attention_forward,
+        (B * A * math.ceil(N / tiles.queries),),
+        qkv_BN3AE,
+        out_BNAE,
+        lse_BAR,
+        N,
+        lse_BAR.shape[-1],
+        qkv_BN3AE.stride(0),
+        math.log2(math.e) * E**-0.5,
+        **_launch_options(qkv_BN3AE, tiles),
+    )
     return out_BNAE, lse_BAR
 
 
@@ -137,27 +138,30 @@ def launch_backward(
     delta_BAR = torch.empty_like(lse_BAR)
     scale = E**-0.5
     numbers = (N, R, qkv_BN3AE.stride(0), scale, math.log2(math.e) * scale)
-    with _device_of(qkv_BN3AE):
-        # In this order: the first also writes delta, which the second reads.
-        flash_attention_query_gradient[(B * A * math.ceil(N / query_tiles.queries),)](
-            dout_BNAE,
-            out_BNAE,
-            qkv_BN3AE,
-            lse_BAR,
-            delta_BAR,
-            dqkv_BN3AE,
-            *numbers,
-            **_launch_options(qkv_BN3AE, query_tiles),
-        )
-        flash_attention_key_value_gradient[(B * A * math.ceil(N / key_value_tiles.keys),)](
-            dout_BNAE,
-            qkv_BN3AE,
-            lse_BAR,
-            delta_BAR,
-            dqkv_BN3AE,
-            *numbers,
-            **_launch_options(qkv_BN3AE, key_value_tiles),
-        )
+    # In this order: the first also writes delta, which the second reads.
+    launch(
+        flash_attention_query_gradient,
+        (B * A * math.ceil(N / query_tiles.queries),),
+        dout_BNAE,
+        out_BNAE,
+        qkv_BN3AE,
+        lse_BAR,
+        delta_BAR,
+        dqkv_BN3AE,
+        *numbers,
+        **_launch_options(qkv_BN3AE, query_tiles),
+    )
+    launch(
+        flash_attention_key_value_gradient,
+        (B * A * math.ceil(N / key_value_tiles.keys),),
+        dout_BNAE,
+        qkv_BN3AE,
+        lse_BAR,
+        delta_BAR,
+        dqkv_BN3AE,
+        *numbers,
+        **_launch_options(qkv_BN3AE, key_value_tiles),
+    )
     return dqkv_BN3AE
 
 
@@ -171,10 +175,6 @@ def _readable(qkv_BN3AE: Tensor) -> Tensor:
     """The tensor, or a copy if the kernels could not read it where it lies."""
     fits_int32 = qkv_BN3AE.stride(1) < 2**23  # times the rows of a tile
     return qkv_BN3AE if qkv_BN3AE.stride(-1) == 1 and fits_int32 else qkv_BN3AE.contiguous()
-
-
-def _device_of(x: Tensor) -> AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _launch_options(qkv_BN3AE: Tensor, tiles: Tiles) -> dict[str, Any]:

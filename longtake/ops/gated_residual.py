@@ -21,6 +21,7 @@ from longtake.ops.elementwise import (
     split_row,
     warps_per_row,
 )
+from longtake.ops.launch import launch
 from longtake.ops.operation import operation, register_fake
 from longtake.ops.row_per_sample import row_per_sample
 from longtake.ops.triton_language import tl, triton
@@ -141,21 +142,22 @@ def _forward(x_BND: Tensor, gate_BD: Tensor | None, y_BND: Tensor) -> Tensor:
     head, tail = split_row(D)
     num_warps = warps_per_row(head)
     rows, chunks = deal_rows(N, B, multiple=LEAST_ROWS, programs=FORWARD_PROGRAMS)
-    with torch.cuda.device_of(x_BND):
-        _gated_residual_forward_kernel[(B * chunks,)](
-            x_BND,
-            gate_BD,
-            y_BND,
-            out_BND,
-            N,
-            0 if gate_BD is None else gate_BD.stride(0),
-            rows,
-            chunks,
-            D=D,
-            HEAD=head,
-            TAIL=tail,
-            num_warps=num_warps,
-        )
+    launch(
+        _gated_residual_forward_kernel,
+        (B * chunks,),
+        x_BND,
+        gate_BD,
+        y_BND,
+        out_BND,
+        N,
+        0 if gate_BD is None else gate_BD.stride(0),
+        rows,
+        chunks,
+        D=D,
+        HEAD=head,
+        TAIL=tail,
+        num_warps=num_warps,
+    )
     return out_BND
 
 
@@ -178,24 +180,25 @@ def _backward(
     rows, chunks = deal_rows(N, B, multiple=LEAST_ROWS, programs=BACKWARD_PROGRAMS)
     dbias_BPD = dout_BND.new_empty(B, chunks, D, dtype=torch.float32)
     dgate_BPD = None if y_BND is None else torch.empty_like(dbias_BPD)
-    with torch.cuda.device_of(dout_BND):
-        _gated_residual_backward_kernel[(B * chunks,)](
-            dout_BND,
-            gate_BD,
-            y_BND,
-            dy_BND,
-            dbias_BPD,
-            dgate_BPD,
-            N,
-            gate_BD.stride(0),
-            rows,
-            chunks,
-            D=D,
-            HEAD=head,
-            TAIL=tail,
-            STAGES=STAGES,
-            num_warps=num_warps,
-        )
+    launch(
+        _gated_residual_backward_kernel,
+        (B * chunks,),
+        dout_BND,
+        gate_BD,
+        y_BND,
+        dy_BND,
+        dbias_BPD,
+        dgate_BPD,
+        N,
+        gate_BD.stride(0),
+        rows,
+        chunks,
+        D=D,
+        HEAD=head,
+        TAIL=tail,
+        STAGES=STAGES,
+        num_warps=num_warps,
+    )
     dbias_D = sum_partials(dbias_BPD.flatten(0, 1)[None])[0]
     return dy_BND, dbias_D.new_empty(0) if dgate_BPD is None else sum_partials(dgate_BPD), dbias_D
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longtake.ops.column_sum import block_of_columns, sum_partials
 from longtake.ops.elementwise import deal_rows, picks_triton, require_kernel_dtype
+from longtake.ops.launch import launch
 from longtake.ops.operation import operation, register_fake
 from longtake.ops.triton_language import tl, triton
 
@@ -97,10 +98,15 @@ def _forward(pre: Tensor) -> Tensor:
     pre = pre.contiguous()
     act = torch.empty_like(pre)
     num_elements = pre.numel()
-    with torch.cuda.device_of(pre):
-        _gelu_forward_kernel[(triton.cdiv(num_elements, FORWARD_ELEMENTS),)](
-            pre, act, num_elements, ELEMENTS=FORWARD_ELEMENTS, num_warps=4
-        )
+    launch(
+        _gelu_forward_kernel,
+        (triton.cdiv(num_elements, FORWARD_ELEMENTS),),
+        pre,
+        act,
+        num_elements,
+        ELEMENTS=FORWARD_ELEMENTS,
+        num_warps=4,
+    )
     return act
 
 
@@ -122,20 +128,21 @@ def _backward(dact_NF: Tensor, pre_NF: Tensor, with_output: bool) -> tuple[Tenso
     programs = BACKWARD_PROGRAMS // num_blocks
     rows, chunks = deal_rows(num_rows, 1, multiple=TILE_ROWS, programs=programs)
     partials_PF = pre_NF.new_empty(chunks, width, dtype=torch.float32)
-    with torch.cuda.device_of(pre_NF):
-        _gelu_backward_kernel[(chunks * num_blocks,)](
-            dact_NF,
-            pre_NF,
-            dpre_NF,
-            act_NF,
-            partials_PF,
-            num_rows,
-            width,
-            rows,
-            ROWS=TILE_ROWS,
-            COLUMNS=columns,
-            num_warps=num_warps,
-        )
+    launch(
+        _gelu_backward_kernel,
+        (chunks * num_blocks,),
+        dact_NF,
+        pre_NF,
+        dpre_NF,
+        act_NF,
+        partials_PF,
+        num_rows,
+        width,
+        rows,
+        ROWS=TILE_ROWS,
+        COLUMNS=columns,
+        num_warps=num_warps,
+    )
     dbias_F = sum_partials(partials_PF[None])[0]
     return dpre_NF, pre_NF.new_empty(0) if act_NF is None else act_NF, dbias_F
 

@@ -24,6 +24,7 @@ from longtake.ops.elementwise import (
     sum_row,
     warps_per_row,
 )
+from longtake.ops.launch import launch
 from longtake.ops.operation import operation, register_fake
 from longtake.ops.row_per_sample import row_per_sample
 from longtake.ops.triton_language import tl, triton
@@ -203,26 +204,27 @@ def _forward(
     head, tail = split_row(D)
     num_warps = warps_per_row(head)
     rows, chunks = deal_rows(N, B, multiple=LEAST_ROWS, programs=FORWARD_PROGRAMS)
-    with torch.cuda.device_of(x_BND):
-        _norm_modulate_forward_kernel[(B * chunks,)](
-            x_BND,
-            shift_BD,
-            scale_BD,
-            h_BND,
-            mean_BN,
-            rstd_BN,
-            N,
-            shift_BD.stride(0),
-            scale_BD.stride(0),
-            rows,
-            chunks,
-            eps,
-            D=D,
-            HEAD=head,
-            TAIL=tail,
-            STAGES=STAGES,
-            num_warps=num_warps,
-        )
+    launch(
+        _norm_modulate_forward_kernel,
+        (B * chunks,),
+        x_BND,
+        shift_BD,
+        scale_BD,
+        h_BND,
+        mean_BN,
+        rstd_BN,
+        N,
+        shift_BD.stride(0),
+        scale_BD.stride(0),
+        rows,
+        chunks,
+        eps,
+        D=D,
+        HEAD=head,
+        TAIL=tail,
+        STAGES=STAGES,
+        num_warps=num_warps,
+    )
     return h_BND, mean_BN, rstd_BN
 
 
@@ -257,29 +259,30 @@ def _backward(
     num_warps = warps_per_row(head)
     rows, chunks = deal_rows(N, B, multiple=LEAST_ROWS, programs=BACKWARD_PROGRAMS)
     partials_2BPD = x_BND.new_empty(2, B, chunks, D, dtype=torch.float32)
-    with torch.cuda.device_of(x_BND):
-        _norm_modulate_backward_kernel[(B * chunks,)](
-            dh_BND,
-            x_BND,
-            mean_BN,
-            rstd_BN,
-            shift_BD,
-            scale_BD,
-            carried_BND,
-            dx_BND,
-            h_BND,
-            partials_2BPD,
-            N,
-            shift_BD.stride(0),
-            scale_BD.stride(0),
-            rows,
-            chunks,
-            D=D,
-            HEAD=head,
-            TAIL=tail,
-            STAGES=STAGES,
-            num_warps=num_warps,
-        )
+    launch(
+        _norm_modulate_backward_kernel,
+        (B * chunks,),
+        dh_BND,
+        x_BND,
+        mean_BN,
+        rstd_BN,
+        shift_BD,
+        scale_BD,
+        carried_BND,
+        dx_BND,
+        h_BND,
+        partials_2BPD,
+        N,
+        shift_BD.stride(0),
+        scale_BD.stride(0),
+        rows,
+        chunks,
+        D=D,
+        HEAD=head,
+        TAIL=tail,
+        STAGES=STAGES,
+        num_warps=num_warps,
+    )
     sums_2BD = sum_partials(partials_2BPD.flatten(0, 1)).view(2, B, D)
     return dx_BND, sums_2BD, x_BND.new_empty(0) if h_BND is None else h_BND
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longtake.ops.column_sum import sum_partials
 from longtake.ops.elementwise import require_kernel_dtype
+from longtake.ops.launch import launch
 from longtake.ops.triton_language import tl, triton
 
 # Rows in registers at once. The backward's programs run over many tiles, since each leaves partial
@@ -187,10 +188,14 @@ def launch_forward(
     problem = _Problem(qkv, q_weight_E, k_weight_E, sin_TF, cos_TF, eps)
     if qkv.numel() > 0:
         grid = (triton.cdiv(problem.num_rows, TILE_ROWS), 3)
-        with torch.cuda.device_of(qkv):
-            qk_norm_rotary_forward_kernel[grid](
-                qkv, out, *problem.inputs, **problem.constants(TILE_ROWS)
-            )
+        launch(
+            qk_norm_rotary_forward_kernel,
+            grid,
+            qkv,
+            out,
+            *problem.inputs,
+            **problem.constants(TILE_ROWS),
+        )
     return out
 
 
@@ -211,15 +216,16 @@ def launch_backward(
     num_programs = min(triton.cdiv(problem.num_rows, TILE_ROWS), BACKWARD_PROGRAMS)
     partials_2PE = qkv.new_empty(2, num_programs, qkv.shape[-1], dtype=torch.float32)
     if num_programs > 0:
-        with torch.cuda.device_of(qkv):
-            qk_norm_rotary_backward_kernel[(num_programs, 3)](
-                dout,
-                qkv,
-                dqkv,
-                partials_2PE,
-                *problem.inputs,
-                **problem.constants(TILE_ROWS),
-            )
+        launch(
+            qk_norm_rotary_backward_kernel,
+            (num_programs, 3),
+            dout,
+            qkv,
+            dqkv,
+            partials_2PE,
+            *problem.inputs,
+            **problem.constants(TILE_ROWS),
+        )
     return dqkv, sum_partials(partials_2PE)
 
 

@@ -16,12 +16,12 @@ rows of a tile.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longtake.ops.launch import launch
 from longtake.ops.triton_language import tl, triton
 
 # The most frames of a tile: float32 has no more room in registers.
@@ -227,10 +227,16 @@ def launch_forward(qkv_BTS3AE: Tensor) -> Tensor:
         qkv_BTS3AE = _with_dense_heads(qkv_BTS3AE)
         grid, strides, constants = _launch_options(qkv_BTS3AE)
         scale_log2 = math.log2(math.e) * E**-0.5
-        with _device_of(qkv_BTS3AE):
-            _temporal_attention_forward[grid](
-                qkv_BTS3AE, out_BTSAE, S, *strides, scale_log2, **constants
-            )
+        launch(
+            _temporal_attention_forward,
+            grid,
+            qkv_BTS3AE,
+            out_BTSAE,
+            S,
+            *strides,
+            scale_log2,
+            **constants,
+        )
     return out_BTSAE
 
 
@@ -241,26 +247,23 @@ def launch_backward(dout_BTSAE: Tensor, qkv_BTS3AE: Tensor) -> Tensor:
         qkv_BTS3AE = _with_dense_heads(qkv_BTS3AE)
         grid, strides, constants = _launch_options(qkv_BTS3AE)
         scale = qkv_BTS3AE.shape[-1] ** -0.5
-        with _device_of(qkv_BTS3AE):
-            _temporal_attention_backward[grid](
-                qkv_BTS3AE,
-                dout_BTSAE.contiguous(),
-                dqkv_BTS3AE,
-                qkv_BTS3AE.shape[2],
-                *strides,
-                scale,
-                math.log2(math.e) * scale,
-                **constants,
-            )
+        launch(
+            _temporal_attention_backward,
+            grid,
+            qkv_BTS3AE,
+            dout_BTSAE.contiguous(),
+            dqkv_BTS3AE,
+            qkv_BTS3AE.shape[2],
+            *strides,
+            scale,
+            math.log2(math.e) * scale,
+            **constants,
+        )
     return dqkv_BTS3AE
 
 
 def _with_dense_heads(qkv_BTS3AE: Tensor) -> Tensor:
     return qkv_BTS3AE if qkv_BTS3AE.stride(-1) == 1 else qkv_BTS3AE.contiguous()
-
-
-def _device_of(x: Tensor) -> AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _launch_options(qkv_BTS3AE: Tensor) -> tuple[tuple[int, int], list[int], dict[str, Any]]:

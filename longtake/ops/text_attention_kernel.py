@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longtake.ops.launch import launch
 from longtake.ops.triton_language import tl, triton
 
 MAX_HEAD_SIZE = 128
@@ -331,30 +332,31 @@ def launch_forward(
     main, tail = _head_columns(E)
     tiles = forward_tiles(L, main + tail, q_BNAE.dtype)
     splits, blocks_per_program = _split_queries(N, B * A, tiles, q_BNAE.device)
-    with torch.cuda.device_of(q_BNAE):
-        _forward_kernel[A, splits, B](
-            q_BNAE,
-            kv_BL2AE,
-            _dense_mask(key_mask_BL),
-            out_BNAE,
-            lse_BAN,
-            N,
-            L,
-            *q_BNAE.stride()[:2],
-            *kv_BL2AE.stride()[:3],
-            E**-0.5 * LOG2_E,
-            blocks_per_program,
-            q_stride_A=q_BNAE.stride(2),
-            kv_stride_A=kv_BL2AE.stride(3),
-            A=A,
-            E=E,
-            MAIN=main,
-            TAIL=tail,
-            KEYS=tiles.keys,
-            BLOCK=tiles.block,
-            PRECISION=_precision(q_BNAE.dtype),
-            **tiles.launch,
-        )
+    launch(
+        _forward_kernel,
+        (A, splits, B),
+        q_BNAE,
+        kv_BL2AE,
+        _dense_mask(key_mask_BL),
+        out_BNAE,
+        lse_BAN,
+        N,
+        L,
+        *q_BNAE.stride()[:2],
+        *kv_BL2AE.stride()[:3],
+        E**-0.5 * LOG2_E,
+        blocks_per_program,
+        q_stride_A=q_BNAE.stride(2),
+        kv_stride_A=kv_BL2AE.stride(3),
+        A=A,
+        E=E,
+        MAIN=main,
+        TAIL=tail,
+        KEYS=tiles.keys,
+        BLOCK=tiles.block,
+        PRECISION=_precision(q_BNAE.dtype),
+        **tiles.launch,
+    )
     return out_BNAE, lse_BAN
 
 
@@ -382,37 +384,38 @@ def launch_backward(
             # Programs write sums of their own, added in a fixed order below: the same every run.
             dtype = q_BNAE.dtype if splits == 1 else torch.float32
             dkv = q_BNAE.new_empty(splits, B, L, 2, A, E, dtype=dtype)
-        with torch.cuda.device_of(q_BNAE):
-            _backward_kernel[A, splits * num_tiles, B](
-                dout_BNAE,
-                q_BNAE,
-                kv_BL2AE,
-                _dense_mask(key_mask_BL),
-                lse_BAN,
-                delta_BAN,
-                dq_BNAE,
-                dkv,
-                N,
-                L,
-                *dout_BNAE.stride()[:2],
-                *q_BNAE.stride()[:2],
-                *kv_BL2AE.stride()[:3],
-                E**-0.5,
-                blocks_per_program,
-                dout_stride_A=dout_BNAE.stride(2),
-                q_stride_A=q_BNAE.stride(2),
-                kv_stride_A=kv_BL2AE.stride(3),
-                A=A,
-                E=E,
-                MAIN=main,
-                TAIL=tail,
-                KEYS=tiles.keys,
-                BLOCK=tiles.block,
-                PRECISION=_precision(q_BNAE.dtype),
-                WITH_DQ=part == 0,
-                WITH_DKV=with_dkv,
-                **tiles.launch,
-            )
+        launch(
+            _backward_kernel,
+            (A, splits * num_tiles, B),
+            dout_BNAE,
+            q_BNAE,
+            kv_BL2AE,
+            _dense_mask(key_mask_BL),
+            lse_BAN,
+            delta_BAN,
+            dq_BNAE,
+            dkv,
+            N,
+            L,
+            *dout_BNAE.stride()[:2],
+            *q_BNAE.stride()[:2],
+            *kv_BL2AE.stride()[:3],
+            E**-0.5,
+            blocks_per_program,
+            dout_stride_A=dout_BNAE.stride(2),
+            q_stride_A=q_BNAE.stride(2),
+            kv_stride_A=kv_BL2AE.stride(3),
+            A=A,
+            E=E,
+            MAIN=main,
+            TAIL=tail,
+            KEYS=tiles.keys,
+            BLOCK=tiles.block,
+            PRECISION=_precision(q_BNAE.dtype),
+            WITH_DQ=part == 0,
+            WITH_DKV=with_dkv,
+            **tiles.launch,
+        )
     dkv_BL2AE = dkv[0] if dkv.shape[0] == 1 else dkv.sum(dim=0).to(q_BNAE.dtype)
     return dq_BNAE, dkv_BL2AE
 

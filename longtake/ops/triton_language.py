@@ -12,6 +12,9 @@ from typing import Any
 try:
     import triton
     import triton.language as tl
+    from triton import knobs
+    from triton.compiler import CompiledKernel
+    from triton.runtime import JITFunction, driver
 
     has_triton = True
 except ImportError:
@@ -19,5 +22,10 @@ except ImportError:
     # Enough for a file with kernels to be imported.
     triton: Any = SimpleNamespace(jit=lambda function: function)
     tl: Any = SimpleNamespace(constexpr=object)
+    # Only launches use these.
+    knobs: Any = None
+    CompiledKernel: Any = None
+    JITFunction: Any = None
+    driver: Any = None
 
-__all__ = ["has_triton", "tl", "triton"]
+__all__ = ["CompiledKernel", "JITFunction", "driver", "has_triton", "knobs", "tl", "triton"]

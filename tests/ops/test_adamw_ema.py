@@ -289,6 +289,7 @@ def test_rates_that_change_compile_nothing_anew(monkeypatch: pytest.MonkeyPatch)
     """Triton compiles a kernel once for each combination of types and constants: integers of 1 are
     constants, floats never are."""
     recorder = _Recorder()
+    recorder.fn = module.kernels.adamw_ema_kernel.fn
     monkeypatch.setattr(module.kernels, "adamw_ema_kernel", recorder)
     weights, table = Weights((6, 6)), TensorTable()
     for lr, ema_rate in ((1e-4, 0.9), (0, 1), (1, 0), (16, 1e-4)):
