@@ -16,12 +16,15 @@ memory with arguments, and `mutates_args` names what is written to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch._library.custom_ops import get_library_allowing_overwrite
 from torch._ops import OpOverload
+from torch.autograd.graph import increment_version
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,7 +34,7 @@ _LIBRARIES: dict[str, torch.library.Library] = {}
 
 
 def operation(
-    name: str, *, mutates_args: Iterable[str] = ()
+    name: str, *, mutates_args: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], OpOverload[P, R]]:
     """Registers a function for all devices as `namespace::name` and puts the operation, an
     OpOverload, in its place. The schema is that of its annotations.
@@ -42,16 +45,36 @@ def operation(
     namespace, bare_name = name.split("::")
 
     def register(function: Callable[P, R]) -> OpOverload[P, R]:
-        schema = torch.library.infer_schema(function, mutates_args=tuple(mutates_args))
+        schema = torch.library.infer_schema(function, mutates_args=mutates_args)
         library = get_library_allowing_overwrite(namespace, bare_name)
         library.define(bare_name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         # Called from a frame that torch.compile left to Python, the function is not to be traced.
-        untraced = torch.compiler.disable(function)
+        untraced = torch.compiler.disable(_count_changes(function, mutates_args))
         library.impl(bare_name, untraced, "CompositeExplicitAutograd")
         _LIBRARIES[name] = library
+        if schema.endswith("-> ()"):  # else the function itself would meet tensors without data
+            torch.library.register_fake(name, lambda *_, **__: None, lib=library)
         return getattr(getattr(torch.ops, namespace), bare_name).default
 
     return register
+
+
+def _count_changes(function: Callable[P, R], mutates_args: Sequence[str]) -> Callable[P, R]:
+    """The function, counting its changes as PyTorch's own operations do.
+
+    Else a kernel could change what was saved for a backward, and nobody would be told.
+    """
+    if not mutates_args:
+        return function
+    positions = [list(inspect.signature(function).parameters).index(x) for x in mutates_args]
+
+    @functools.wraps(function)
+    def counted(*args: P.args, **kwargs: P.kwargs) -> R:
+        result = function(*args, **kwargs)
+        increment_version([args[position] for position in positions])  # pyright: ignore
+        return result
+
+    return counted
 
 
 def register_fake(

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from longtake.ops.operation import operation, register_autograd, register_fake
 
@@ -28,7 +29,7 @@ register_autograd(scaled, lambda ctx, dy: (dy * ctx.factor, None), setup_context
 
 @operation("longtake_test::add_one", mutates_args=("x",))
 def add_one(x: Tensor) -> None:
-    x.add_(1)
+    x.numpy()[:] += 1  # unseen by PyTorch, like a kernel's writes
 
 
 @operation("longtake_test::without_gradient")
@@ -46,11 +47,36 @@ def test_it_is_the_operation_itself_that_is_called():
     assert str(scaled._schema) == "longtake_test::scaled(Tensor x, float factor) -> Tensor"
 
 
-def test_a_change_of_an_argument_is_counted():
-    x = torch.zeros(3)
-    before = x._version
-    add_one(x)
-    assert x._version > before
+def test_a_change_of_what_a_backward_needs_is_told():
+    x = torch.ones(3, requires_grad=True)
+    y = x.exp()  # needs its result
+    with torch.no_grad():
+        add_one(y.detach())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_tensors_of_inference_mode_may_be_changed():
+    with torch.inference_mode():
+        x = torch.zeros(3)
+        add_one(x)
+    assert x.equal(torch.ones(3))
+
+
+def test_an_operation_that_returns_nothing_is_not_run_without_data():
+    with FakeTensorMode():
+        add_one(torch.zeros(3))
+    add_one(torch.zeros(3, device="meta"))
+
+
+def test_an_exported_program_calls_it():
+    class Scale(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return scaled(x, 3.0)
+
+    program = torch.export.export(Scale(), (torch.ones(2),))
+    assert [n.target for n in program.graph.nodes if n.op == "call_function"] == [scaled]
+    assert program.module()(torch.ones(2)).equal(torch.full((2,), 3.0))
 
 
 @pytest.mark.parametrize("is_whole", [True, False], ids=["whole", "in a frame left to Python"])
