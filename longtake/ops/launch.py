@@ -25,6 +25,8 @@ from longtake.ops.triton_language import CompiledKernel, JITFunction, driver, kn
 class _Launcher(NamedTuple):
     """A compiled kernel, loaded on one device."""
 
+    kernel: object  # what it is compiled from, held as the key is by its `id`
+    compiled: object  # held, as CUDA's handle is valid no longer than it lives
     run: Callable[..., None]
     function: int  # CUDA's handle
     metadata: object  # warps and shared memory, packed as `run` takes them
@@ -62,7 +64,7 @@ def _launch_on(
     key = _key(device, kernel, args, constants)
     launcher = None if key is None or _is_watched(kernel) else _LAUNCHERS.get(key)
     if launcher is not None:
-        run, function, metadata, in_order = launcher
+        _, _, run, function, metadata, in_order = launcher
         x, y, z = (*grid, 1, 1)[:3]
         stream = driver.active.get_current_stream(device)  # pyright: ignore
         # Without metadata of the launch and hooks, which are for profilers: see `_is_watched`.
@@ -74,7 +76,7 @@ def _launch_on(
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
         assert run is not None
         assert function is not None, "a kernel that was launched is loaded"
-        _LAUNCHERS[key] = _Launcher(run, function, metadata, in_order)
+        _LAUNCHERS[key] = _Launcher(kernel, compiled, run, function, metadata, in_order)
 
 
 def _key(
@@ -84,7 +86,8 @@ def _key(
     this is a launch to be left to Triton."""
     if type(kernel) is not JITFunction or torch.version.hip:
         return None
-    key: list[Any] = [kernel.fn, device]
+    # The kernel's own hash is one of its source, slow; and a function may have several kernels.
+    key: list[Any] = [id(kernel), device]
     add = key.append
     for x in args:
         kind = type(x)

@@ -6,9 +6,12 @@ check that held, and with `--time` the host's time for a launch, by Triton and b
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +27,19 @@ from longtake.ops.launch import _key, _launch_on
 from longtake.ops.triton_language import knobs, tl
 
 DEVICE = 0
+
+
+class Current(threading.local):
+    """Each thread has a device of its own, and a stream on each, as with CUDA."""
+
+    device = DEVICE
+    stream_offset = 7
+
+    def stream(self, device: int) -> int:
+        return 100 * device + self.stream_offset
+
+
+current = Current()
 
 
 class Recorder:
@@ -55,8 +71,8 @@ def use_recording_driver() -> None:
     driver = SimpleNamespace(
         utils=utils,
         launcher_cls=Recorder,
-        get_current_device=lambda: DEVICE,
-        get_current_stream=lambda _: 7,
+        get_current_device=lambda: current.device,
+        get_current_stream=current.stream,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
     )
     triton.runtime.driver.set_active(driver)
@@ -74,6 +90,9 @@ def problems() -> Iterator[tuple[str, tuple[int, ...], tuple[Any, ...], dict[str
     plain = (tokens(half), tokens(half), tokens(half), tokens(half), *sums)
     yield "all aligned", (8,), (*plain, 16, 128, 4, 2), constants
     yield "other numbers of a kind", (6, 2), (*plain, 32, 1280, 5, 3), constants
+    yield "no programs", (0,), (*plain, 16, 128, 4, 2), constants
+    empty = torch.zeros(0, dtype=half)
+    yield "a tensor without elements", (8,), (*plain[:3], empty, *sums, 16, 128, 4, 2), constants
     yield "a number that is 1", (8, 2, 3), (*plain, 16, 128, 4, 1), constants
     yield "a number of 64 bits", (8,), (*plain, 16, 2**31, 4, 2), constants
     odd = (tokens(half, is_aligned=False), *plain[1:])
@@ -101,7 +120,7 @@ def check_what_reaches_the_gpu() -> None:
             assert len(ours) == len(theirs) == 1, name
             assert all(a is b or a == b for a, b in zip(ours[0], theirs[0], strict=True)), name
             assert len(ours[0]) == len(theirs[0]), name
-    assert len(module._LAUNCHERS) == known == len(list(problems())) - 1, "each compiled once"
+    assert len(module._LAUNCHERS) == known == len(list(problems())) - 3, "each compiled once"
 
 
 def check_keys_part_launches_as_triton_does() -> None:
@@ -133,6 +152,51 @@ def check_keys_part_launches_as_triton_does() -> None:
             assert code_of.setdefault(key, code) == code, (args, named)
     # And not much finer, or a kernel would be launched by Triton again and again.
     assert len(code_of) == len({*code_of.values()})
+
+
+def check_devices_and_streams() -> None:
+    """Those of the thread that launches, at each launch: a backward runs in a thread of its own."""
+    _, grid, args, constants = next(iter(problems()))
+
+    def launched(device: int, stream_offset: int) -> tuple[int, int]:
+        current.device, current.stream_offset = device, stream_offset
+        (launch,) = recorded(_launch_on, device, backward_kernel, grid, args, constants)
+        return launch[3:5]
+
+    found: list[tuple[int, int]] = []
+    for _ in range(2):  # first to fill what is kept
+        wanted = [(DEVICE, 7), (DEVICE, 9), (1, 7), (1, 9)]
+        found = [launched(*each) for each in wanted]
+        assert [stream for stream, _ in found] == [7, 9, 107, 109]
+    functions = [function for _, function in found]
+    assert functions[0] == functions[1] != functions[2] == functions[3], "loaded on each device"
+    thread = threading.Thread(target=lambda: found.append(launched(DEVICE, 11)))
+    thread.start()
+    thread.join()
+    assert found[-1] == (11, functions[0])
+    assert launched(1, current.stream_offset) == found[3], "the other thread has changed nothing"
+    current.device, current.stream_offset = DEVICE, 7
+
+
+def check_compiled_kernels_live() -> None:
+    """A handle is good as long as its compiled kernel lives, which Triton may forget."""
+    _, grid, args, constants = next(iter(problems()))
+    (before,) = recorded(_launch_on, DEVICE, backward_kernel, grid, args, constants)
+    compiled = weakref.ref(backward_kernel[grid](*args, **constants))
+    backward_kernel.device_caches.clear()
+    gc.collect()
+    assert compiled() is not None
+    (after,) = recorded(_launch_on, DEVICE, backward_kernel, grid, args, constants)
+    assert before == after
+
+
+def check_kernels_of_one_function_are_told_apart() -> None:
+    def function(x, CONSTANT: tl.constexpr):
+        pass
+
+    kernels = triton.jit(function), triton.jit(function, debug=True)
+    keys = {_key(DEVICE, kernel, (1,), {"CONSTANT": 1}) for kernel in kernels}
+    assert len(keys) == len(kernels)
 
 
 def check_what_is_left_to_triton() -> None:
@@ -179,9 +243,14 @@ def main() -> None:
     check_what_reaches_the_gpu()
     print("the same reaches the GPU")
     check_keys_part_launches_as_triton_does()
+    check_kernels_of_one_function_are_told_apart()
     print("keys are as fine as Triton's")
+    check_devices_and_streams()
+    print("devices and streams are those of the thread")
     check_what_is_left_to_triton()
     print("hooks are called")
+    check_compiled_kernels_live()
+    print("compiled kernels live")
     if "--time" in sys.argv:
         _, grid, args, constants = next(iter(problems()))
         empty = microseconds(lambda: None)
