@@ -5,7 +5,7 @@
 In two stages. Each program sums a run of rows and writes partial sums, then a second kernel adds
 those up. Nothing is atomic, so the same input gives the same bits.
 
-Letters: N rows, F columns, G groups, P partial sums.
+Letters: N rows, F columns, B samples, G groups, P partial sums.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ TILE_ROWS = 8
 PROGRAMS = 2048
 # Partial sums that a program of the second stage reads at a time.
 PARTIALS_TILE = 4096
+# Samples up to which sums of all and of each are one launch. Programs of each are then shaped like
+# those of all, most lanes idle: of very many samples they should take longer than another launch.
+SAMPLES_IN_ONE_LAUNCH = 8
 
 
 def column_sum_reference(x_NF: Tensor) -> Tensor:
@@ -65,9 +68,10 @@ def _column_sum_kernel(
 
 @triton.jit
 def _sum_partials_kernel(
-    partials_ptr,  # (G, P, F) fp32, contiguous
+    partials_ptr,  # (rows, F) fp32, contiguous: those of the first group, then of the others
     sums_ptr,  # (G, F) fp32
-    P,
+    P_first,
+    P_other,
     F,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -75,11 +79,13 @@ def _sum_partials_kernel(
     num_blocks = tl.cdiv(F, COLUMNS)
     group = (tl.program_id(0) // num_blocks).to(tl.int64)
     column = tl.program_id(0) % num_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.where(group == 0, 0, P_first + (group - 1) * P_other)
+    P = tl.where(group == 0, P_first, P_other)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, P, ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < P)[:, None] & (column < F)[None, :]
-        pointers = partials_ptr + (group * P + row)[:, None] * F + column[None, :]
+        pointers = partials_ptr + (first + row)[:, None] * F + column[None, :]
         total += tl.load(pointers, mask=mask, other=0.0)
     tl.store(sums_ptr + group * F + column, tl.sum(total, axis=0), mask=column < F)
 
@@ -88,22 +94,42 @@ def sum_partials(partials_GPF: Tensor) -> Tensor:
     """The second stage: float32 (G, F) from contiguous partial sums."""
     num_groups, num_partials, width = partials_GPF.shape
     sums_GF = partials_GPF.new_empty(num_groups, width)
+    _sum_groups(partials_GPF, sums_GF, num_partials, num_partials)
+    return sums_GF
+
+
+def sum_partials_of_all_and_each(partials_2BPF: Tensor) -> Tensor:
+    """The second stage of two sums, float32 (1 + B, F): of the first partial sums over all samples,
+    then of the second over each."""
+    _, num_samples, num_partials, width = partials_2BPF.shape
+    sums_GF = partials_2BPF.new_empty(1 + num_samples, width)
+    num_of_all = num_samples * num_partials
+    if num_samples <= SAMPLES_IN_ONE_LAUNCH:
+        _sum_groups(partials_2BPF, sums_GF, num_of_all, num_partials)
+    else:
+        _sum_groups(partials_2BPF[0], sums_GF[:1], num_of_all, num_of_all)
+        _sum_groups(partials_2BPF[1], sums_GF[1:], num_partials, num_partials)
+    return sums_GF
+
+
+def _sum_groups(partials: Tensor, sums_GF: Tensor, num_first: int, num_other: int) -> None:
+    """Adds up so many rows for the first group, and so many for each other."""
+    num_groups, width = sums_GF.shape
     # Few partial sums: wide blocks. Many: narrow ones, so that there are programs enough.
-    rows = min(triton.next_power_of_2(max(num_partials, 1)), 256)
+    rows = min(triton.next_power_of_2(max(num_first, num_other, 1)), 256)
     columns = min(PARTIALS_TILE // rows, 256)
-    grid = (num_groups * triton.cdiv(width, columns),)
     launch(
         _sum_partials_kernel,
-        grid,
-        partials_GPF,
+        (num_groups * triton.cdiv(width, columns),),
+        partials,
         sums_GF,
-        num_partials,
+        num_first,
+        num_other,
         width,
         ROWS=rows,
         COLUMNS=columns,
         num_warps=4,
     )
-    return sums_GF
 
 
 @operation("longtake::column_sum")

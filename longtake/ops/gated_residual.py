@@ -2,7 +2,7 @@
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 """The end of every branch of a block: its output joins the residual stream through a gate.
 
-Letters: B batch, N tokens, D hidden size, P programs that share a sample.
+Letters: B batch, N tokens, D hidden size, P programs that share a sample, G = 1 + B.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longtake.ops.column_sum import column_sum, sum_partials
+from longtake.ops.column_sum import (
+    column_sum,
+    sum_partials,
+    sum_partials_of_all_and_each,
+)
 from longtake.ops.elementwise import (
     LEAST_ROWS,
     as_BND,
@@ -82,8 +86,7 @@ def _gated_residual_backward_kernel(
     gate_ptr,  # (B, D), rows gate_stride apart
     y_ptr,  # (B, N, D) or None
     dy_ptr,  # (B, N, D)
-    dbias_ptr,  # (B, P, D) fp32 partial sums
-    dgate_ptr,  # (B, P, D) fp32 partial sums; None if y is
+    partials_ptr,  # (2, B, P, D) fp32: of dbias, of dgate; only the first without y
     N,
     gate_stride,
     rows_per_program,
@@ -122,14 +125,15 @@ def _gated_residual_backward_kernel(
                 tail_y = tl.load(y_ptr + start + tail, mask=in_row, other=0.0).to(tl.float32)
                 tail_dgate += tail_dout * tail_y
 
-    start = tl.program_id(0).to(tl.int64) * D
-    tl.store(dbias_ptr + start + head, head_dbias)
+    dbias_ptr = partials_ptr + tl.program_id(0).to(tl.int64) * D
+    tl.store(dbias_ptr + head, head_dbias)
     if TAIL > 0:
-        tl.store(dbias_ptr + start + tail, tail_dbias, mask=in_row)
+        tl.store(dbias_ptr + tail, tail_dbias, mask=in_row)
     if y_ptr is not None:
-        tl.store(dgate_ptr + start + head, head_dgate)
+        dgate_ptr = dbias_ptr + tl.num_programs(0).to(tl.int64) * D
+        tl.store(dgate_ptr + head, head_dgate)
         if TAIL > 0:
-            tl.store(dgate_ptr + start + tail, tail_dgate, mask=in_row)
+            tl.store(dgate_ptr + tail, tail_dgate, mask=in_row)
 
 
 @operation("longtake::gated_residual_forward")
@@ -167,9 +171,7 @@ def _(x_BND: Tensor, gate_BD: Tensor | None, y_BND: Tensor) -> Tensor:
 
 
 @operation("longtake::gated_residual_backward")
-def _backward(
-    dout_BND: Tensor, gate_BD: Tensor, y_BND: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(dout_BND: Tensor, gate_BD: Tensor, y_BND: Tensor | None) -> tuple[Tensor, Tensor]:
     require_kernel_dtype(dout=dout_BND, gate=gate_BD, y=y_BND)
     dout_BND, gate_BD = dout_BND.contiguous(), contiguous_rows(gate_BD)
     y_BND = None if y_BND is None else y_BND.contiguous()
@@ -178,8 +180,8 @@ def _backward(
     head, tail = split_row(D)
     num_warps = warps_per_row(head)
     rows, chunks = deal_rows(N, B, multiple=LEAST_ROWS, programs=BACKWARD_PROGRAMS)
-    dbias_BPD = dout_BND.new_empty(B, chunks, D, dtype=torch.float32)
-    dgate_BPD = None if y_BND is None else torch.empty_like(dbias_BPD)
+    num_sums = 1 if y_BND is None else 2
+    partials_2BPD = dout_BND.new_empty(num_sums, B, chunks, D, dtype=torch.float32)
     launch(
         _gated_residual_backward_kernel,
         (B * chunks,),
@@ -187,8 +189,7 @@ def _backward(
         gate_BD,
         y_BND,
         dy_BND,
-        dbias_BPD,
-        dgate_BPD,
+        partials_2BPD,
         N,
         gate_BD.stride(0),
         rows,
@@ -199,15 +200,16 @@ def _backward(
         STAGES=STAGES,
         num_warps=num_warps,
     )
-    dbias_D = sum_partials(dbias_BPD.flatten(0, 1)[None])[0]
-    return dy_BND, dbias_D.new_empty(0) if dgate_BPD is None else sum_partials(dgate_BPD), dbias_D
+    if y_BND is None:
+        return dy_BND, sum_partials(partials_2BPD.flatten(1, 2))
+    return dy_BND, sum_partials_of_all_and_each(partials_2BPD)
 
 
 @register_fake(_backward)
-def _(dout_BND: Tensor, gate_BD: Tensor, y_BND: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _(dout_BND: Tensor, gate_BD: Tensor, y_BND: Tensor | None) -> tuple[Tensor, Tensor]:
     dy_BND = (dout_BND if y_BND is None else y_BND).new_empty(dout_BND.shape)
-    dgate_BD = gate_BD.new_empty(0 if y_BND is None else gate_BD.shape, dtype=torch.float32)
-    return dy_BND, dgate_BD, gate_BD.new_empty(gate_BD.shape[1], dtype=torch.float32)
+    num_sums = 1 if y_BND is None else 1 + gate_BD.shape[0]
+    return dy_BND, gate_BD.new_empty(num_sums, gate_BD.shape[1], dtype=torch.float32)
 
 
 def gated_residual_forward(x_BND: Tensor, gate_BD: Tensor | None, y_BND: Tensor) -> Tensor:
@@ -231,7 +233,8 @@ def gated_residual_backward(
     if gate_BD is None:
         dgate_BD = dout_BND.new_empty(0, dtype=torch.float32)
         return dout_BND, dgate_BD, column_sum(dout_BND.flatten(0, -2))
-    return _backward(dout_BND, gate_BD, y_BND)
+    dy_BND, sums_GD = _backward(dout_BND, gate_BD, y_BND)
+    return dy_BND, sums_GD[1:], sums_GD[0]
 
 
 class _GatedResidual(torch.autograd.Function):

@@ -85,19 +85,19 @@ def problems() -> Iterator[tuple[str, tuple[int, ...], tuple[Any, ...], dict[str
     def tokens(dtype: torch.dtype, *, is_aligned: bool = True) -> torch.Tensor:
         return torch.zeros(rows * 128 + 1, dtype=dtype)[0 if is_aligned else 1 :]
 
-    sums = torch.zeros(128), torch.zeros(128)
+    sums = torch.zeros(2 * 128)
     constants = {"D": 128, "HEAD": 128, "TAIL": 0, "STAGES": 3, "num_warps": 1}
-    plain = (tokens(half), tokens(half), tokens(half), tokens(half), *sums)
+    plain = (tokens(half), tokens(half), tokens(half), tokens(half), sums)
     yield "all aligned", (8,), (*plain, 16, 128, 4, 2), constants
     yield "other numbers of a kind", (6, 2), (*plain, 32, 1280, 5, 3), constants
     yield "no programs", (0,), (*plain, 16, 128, 4, 2), constants
     empty = torch.zeros(0, dtype=half)
-    yield "a tensor without elements", (8,), (*plain[:3], empty, *sums, 16, 128, 4, 2), constants
+    yield "a tensor without elements", (8,), (*plain[:3], empty, sums, 16, 128, 4, 2), constants
     yield "a number that is 1", (8, 2, 3), (*plain, 16, 128, 4, 1), constants
     yield "a number of 64 bits", (8,), (*plain, 16, 2**31, 4, 2), constants
     odd = (tokens(half, is_aligned=False), *plain[1:])
     yield "a tensor not aligned", (8,), (*odd, 16, 128, 4, 2), constants
-    without_y = (plain[0], plain[1], None, plain[3], plain[4], None)
+    without_y = (plain[0], plain[1], None, *plain[3:])
     yield "without y", (8,), (*without_y, 16, 128, 4, 2), constants
     mixed = (plain[0], torch.nn.Parameter(torch.zeros(128)), *plain[2:])
     yield "a parameter in float32", (8,), (*mixed, 16, 128, 4, 2), constants

@@ -37,6 +37,20 @@ def test_any_number_of_programs_gives_the_sum(programs: int, monkeypatch: pytest
         assert_close(column_sum(x), x.double().sum(0))
 
 
+@pytest.mark.parametrize("num_partials", [1, 2, 90], ids="{} partial sums".format)
+@pytest.mark.parametrize("num_samples", [1, 3, 9], ids="{} samples".format)
+def test_sums_of_all_and_of_each(num_samples: int, num_partials: int):
+    """Nine samples are more than one launch takes, and 270 rows more than a tile has."""
+    assert 3 < module.SAMPLES_IN_ONE_LAUNCH < 9
+    of_all, of_each = partials = draw(2, num_samples, num_partials, 20)
+    found = module.sum_partials_of_all_and_each(partials)
+    assert found.shape == (1 + num_samples, 20)
+    assert_close(found[0], of_all.double().sum((0, 1)))
+    assert_close(found[1:], of_each.double().sum(1))
+    assert found[0].equal(module.sum_partials(of_all.flatten(0, 1)[None])[0])
+    assert found.equal(module.sum_partials_of_all_and_each(partials))
+
+
 def test_float16_beyond_its_range_does_not_overflow():
     with kernels_as(TRITON):
         found = column_sum(torch.full((64, 8), 60000.0, device=DEVICE, dtype=torch.float16))

@@ -36,10 +36,10 @@ def test_launches_are_those_of_triton():
 
 def test_constants_go_by_name():
     partials, sums = torch.zeros(1, 2, 8), torch.zeros(1, 8)
-    with pytest.raises(AssertionError, match=r"5 arguments by position for _sum_partials_kernel\("):
-        launch(_sum_partials_kernel, (1,), partials, sums, 2, 8, 2, COLUMNS=8)
+    with pytest.raises(AssertionError, match=r"6 arguments by position for _sum_partials_kernel\("):
+        launch(_sum_partials_kernel, (1,), partials, sums, 2, 2, 8, 2, COLUMNS=8)
     with pytest.raises(AssertionError, match="these are to be all but the constants"):
-        launch(_sum_partials_kernel, (1,), partials, sums, 2, F=8, ROWS=2, COLUMNS=8)
+        launch(_sum_partials_kernel, (1,), partials, sums, 2, 2, F=8, ROWS=2, COLUMNS=8)
 
 
 @pytest.mark.gpu
