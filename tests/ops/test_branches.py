@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
-from longtake.ops.carried_linear import carried_linear
+from longtake.ops.carried_linear import _add_product, carried_linear
 from longtake.ops.gated_linear import gated_linear
 from longtake.ops.gated_mlp import gated_mlp
 from longtake.ops.kernels import PLAIN, KernelConfig, kernels_as
@@ -180,6 +180,11 @@ def test_anything_but_one_row_per_sample_is_refused(shape: tuple[int, ...]):
     inputs["shift"] = torch.zeros(shape, device=DEVICE)
     with kernels_as(FUSED), pytest.raises(ValueError, match=r"one row per sample, \(2, 1, 24\)"):
         modulated_linear(*inputs.values())
+
+
+def test_a_product_is_added_in_place_as_it_is_registered():
+    operands = (torch.randn(shape, device=DEVICE) for shape in ((T, D), (T, S), (S, D)))
+    torch.library.opcheck(_add_product, tuple(operands))
 
 
 def test_kernels_that_cannot_run_are_refused_by_name(monkeypatch):

@@ -9,7 +9,7 @@ from longtake.ops.gated_residual import gated_residual
 from longtake.ops.norm_modulate import norm_modulate
 from longtake.ops.rms_norm import rms_norm
 from longtake.ops.rotary import rotary
-from longtake.ops.sincos import sincos
+from longtake.ops.sincos import _sincos, sincos
 
 torch.set_num_threads(1)
 
@@ -63,6 +63,10 @@ def test_sincos_is_the_closed_form():
         angles = [position / 10000 ** (i / 6) for i in range(6)]
         expected = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
         assert row == pytest.approx(expected, abs=1e-7)
+
+
+def test_sincos_is_the_operation_it_is_registered_as():
+    torch.library.opcheck(_sincos, (torch.arange(3.0, dtype=torch.float32), 4))
 
 
 def test_sincos_works_on_meta():
