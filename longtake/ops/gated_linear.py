@@ -11,11 +11,9 @@ from torch import Tensor
 
 from longtake.ops.column_sum import column_sum
 from longtake.ops.elementwise import picks_triton
-from longtake.ops.gated_residual import (
-    gated_residual_backward,
-    gated_residual_forward,
-    gated_residual_reference,
-)
+from longtake.ops.gated_product import GatedProductBackward, gated_product_forward
+from longtake.ops.gated_residual import gated_residual_reference
+from longtake.ops.products import residual_product
 from longtake.ops.row_per_sample import row_per_sample
 from longtake.ops.weight_gradient import weight_gradient
 
@@ -33,24 +31,17 @@ class _GatedLinear(torch.autograd.Function):
     def forward(
         ctx, x_BND: Tensor, gate_BD: Tensor, h_BNI: Tensor, weight_DI: Tensor, bias_D: Tensor
     ) -> Tensor:
-        y_BND = F.linear(h_BNI, weight_DI, bias_D)
-        ctx.save_for_backward(gate_BD, h_BNI, y_BND, weight_DI)
-        return gated_residual_forward(x_BND, gate_BD, y_BND)
+        out_BND, y_BND = gated_product_forward(x_BND, gate_BD, h_BNI, weight_DI, bias_D)
+        ctx.save_for_backward(gate_BD, h_BNI, weight_DI, bias_D, y_BND)
+        return out_BND
 
     @staticmethod
     def backward(ctx, dout_BND: Tensor):
-        gate_BD, h_BNI, y_BND, weight_DI = ctx.saved_tensors
-        dy_BND, dgate_BD, dbias_D = gated_residual_backward(dout_BND, gate_BD, y_BND)
-        dy_MD = dy_BND.flatten(0, -2)
-        dh_BNI = (dy_MD @ weight_DI).view_as(h_BNI)
-        dweight_DI = weight_gradient(dy_MD, h_BNI.flatten(0, -2))
-        return (
-            dout_BND,
-            dgate_BD.to(gate_BD.dtype),
-            dh_BNI,
-            dweight_DI,
-            dbias_D.to(weight_DI.dtype),
-        )
+        gate_BD, h_BNI, *rest = ctx.saved_tensors
+        backward = GatedProductBackward.of(dout_BND, gate_BD, *rest)
+        dh_BNI = (backward.dy @ backward.weight).view_as(h_BNI)
+        dgate_BD, dweight_DI, dbias_D = backward.layer_gradients(h_BNI)
+        return dout_BND, dgate_BD, dh_BNI, dweight_DI, dbias_D
 
 
 class _AddedLinear(torch.autograd.Function):
@@ -59,7 +50,9 @@ class _AddedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BND: Tensor, h_BNI: Tensor, weight_DI: Tensor, bias_D: Tensor) -> Tensor:
         ctx.save_for_backward(h_BNI, weight_DI)
-        return gated_residual_forward(x_BND, None, F.linear(h_BNI, weight_DI, bias_D))
+        rows_1MD, rows_1MI = x_BND.flatten(0, 1)[None], h_BNI.flatten(0, 1)[None]
+        out_1MD = residual_product(rows_1MD, rows_1MI, weight_DI[None], bias_D[None])
+        return out_1MD.view_as(x_BND)
 
     @staticmethod
     def backward(ctx, dout_BND: Tensor):

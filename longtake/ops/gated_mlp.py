@@ -1,8 +1,10 @@
 """A block's whole MLP branch: norm, modulation, two linear layers around a GELU, gate, residual.
 
-It keeps its input, the first layer's output before the GELU and the second layer's output. What is
-between (normalized tokens, activations: five widths of the stream) is computed again in backward
-passes that read the same memory anyway, for the price of writing it; or it is kept, too.
+It keeps its input, the first layer's output before the GELU and, unless the gate goes into the
+weights (`gated_product`), the second layer's output. What is between (normalized tokens,
+activations: five widths of the stream) is computed again in backward passes that read the same
+memory anyway, for the price of writing it. Or it is kept, too; then the second layer's backward
+product ends with the GELU's gradient.
 
 Letters: B batch, N tokens, D hidden size, F inner size, M = B N.
 """
@@ -13,18 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longtake.ops.column_sum import column_sum
 from longtake.ops.elementwise import picks_triton
-from longtake.ops.gated_residual import (
-    gated_residual_backward,
-    gated_residual_forward,
-    gated_residual_reference,
-)
+from longtake.ops.gated_product import GatedProductBackward, gated_product_forward
+from longtake.ops.gated_residual import gated_residual_reference
 from longtake.ops.gelu import gelu_backward, gelu_forward, gelu_reference
 from longtake.ops.norm_modulate import (
     norm_modulate_backward,
     norm_modulate_forward,
     norm_modulate_reference,
 )
+from longtake.ops.products import gelu_input_gradient
 from longtake.ops.row_per_sample import row_per_sample
 from longtake.ops.weight_gradient import weight_gradient
 
@@ -62,61 +63,55 @@ class _GatedMlp(torch.autograd.Function):
         recompute: bool,
     ) -> Tensor:
         h_BND, mean_BN, rstd_BN = norm_modulate_forward(x_BND, shift_BD, scale_BD, eps)
-        pre_MF = F.linear(h_BND.flatten(0, 1), weight1_FD, bias1_F)
-        act_MF = gelu_forward(pre_MF)
-        y_BND = F.linear(act_MF, weight2_DF, bias2_D).view_as(x_BND)
+        pre_BNF = F.linear(h_BND, weight1_FD, bias1_F)
+        act_BNF = gelu_forward(pre_BNF)
+        out_BND, y_BND = gated_product_forward(x_BND, gate_BD, act_BNF, weight2_DF, bias2_D)
         ctx.save_for_backward(
             x_BND,
             mean_BN,
             rstd_BN,
             shift_BD,
             scale_BD,
-            gate_BD,
-            pre_MF,
-            y_BND,
             weight1_FD,
-            weight2_DF,
+            pre_BNF,
             None if recompute else h_BND,
-            None if recompute else act_MF,
+            None if recompute else act_BNF,
+            gate_BD,
+            weight2_DF,
+            bias2_D,
+            y_BND,
         )
-        return gated_residual_forward(x_BND, gate_BD, y_BND)
+        return out_BND
 
     @staticmethod
     def backward(ctx, dout_BND: Tensor):
-        (
-            x_BND,
-            mean_BN,
-            rstd_BN,
-            shift_BD,
-            scale_BD,
-            gate_BD,
-            pre_MF,
-            y_BND,
-            weight1_FD,
-            weight2_DF,
-            h_BND,
-            act_MF,
-        ) = ctx.saved_tensors
-        dtype, recompute = weight1_FD.dtype, h_BND is None
-        dy_BND, dgate_BD, dbias2_D = gated_residual_backward(dout_BND, gate_BD, y_BND)
-        dy_MD = dy_BND.flatten(0, 1)
-        dpre_MF, again_MF, dbias1_F = gelu_backward(dy_MD @ weight2_DF, pre_MF, recompute)
-        dweight2_DF = weight_gradient(dy_MD, again_MF if recompute else act_MF)
+        x_BND, mean_BN, rstd_BN, shift_BD, scale_BD, weight1_FD, *rest = ctx.saved_tensors
+        pre_BNF, h_BND, act_BNF, *second = rest
+        recompute = act_BNF is None
+        backward = GatedProductBackward.of(dout_BND, *second)
+        if recompute:
+            dact_MF = (backward.dy @ backward.weight).view(-1, pre_BNF.shape[-1])
+            dpre_MF, act_MF, dbias1_F = gelu_backward(dact_MF, pre_BNF.flatten(0, 1), True)
+            act_BNF = act_MF.view_as(pre_BNF)
+        else:
+            dpre = gelu_input_gradient(backward.dy, backward.weight, backward.rows(pre_BNF))
+            dpre_MF = dpre.view(-1, pre_BNF.shape[-1])
+            dbias1_F = column_sum(dpre_MF)
+        dgate_BD, dweight2_DF, dbias2_D = backward.layer_gradients(act_BNF)
         dh_BND = (dpre_MF @ weight1_FD).view_as(x_BND)
         dx_BND, dshift_BD, dscale_BD, again_BND = norm_modulate_backward(
             dh_BND, x_BND, mean_BN, rstd_BN, shift_BD, scale_BD, dout_BND, recompute
         )
         h_BND = again_BND if recompute else h_BND
-        dweight1_FD = weight_gradient(dpre_MF, h_BND.flatten(0, 1))
         return (
             dx_BND,
             dshift_BD.to(shift_BD.dtype),
             dscale_BD.to(scale_BD.dtype),
-            dgate_BD.to(gate_BD.dtype),
-            dweight1_FD,
-            dbias1_F.to(dtype),
+            dgate_BD,
+            weight_gradient(dpre_MF, h_BND.flatten(0, 1)),
+            dbias1_F.to(weight1_FD.dtype),
             dweight2_DF,
-            dbias2_D.to(dtype),
+            dbias2_D,
             None,
             None,
         )

@@ -265,10 +265,10 @@ def _hidden_shape(hidden_size: int) -> Shape:
 
 
 def _draw_for(**sizes: str) -> Draw:
-    """Arguments of these sizes by letter; F is 4 D, and a 1 is one row per sample."""
+    """Arguments of these sizes by letter; F is 4 D, H is D / 8, and a 1 is one row per sample."""
 
     def draw(shape: Shape, generator: Generator) -> dict[str, Tensor]:
-        extents = {"1": 1, "F": 4 * shape["D"], **shape}
+        extents = {"1": 1, "F": 4 * shape["D"], "H": shape["D"] // 8, **shape}
         drawn = {}
         for name, letters in sizes.items():
             x = _normal(generator, *(extents[letter] for letter in letters))
@@ -307,6 +307,9 @@ def _elementwise(
 _ROWS = {"shift": "B1D", "scale": "B1D"}
 _LAYER = {"weight": "DF", "bias": "D"}
 _MLP = {"weight1": "FD", "bias1": "F", "weight2": "DF", "bias2": "D"}
+# So few inputs for a sample's tokens that its gate goes into the weights.
+_FEW_INPUTS = {"weight": "DH", "bias": "D"}
+_FEW_INNER = {"weight1": "HD", "bias1": "H", "weight2": "DH", "bias2": "D"}
 
 
 def _heads_shape(hidden_size: int) -> Shape:
@@ -362,13 +365,28 @@ _ELEMENTWISE = {
         small_shapes=({"B": 2, "T": 3, "S": 2, "A": 2, "E": 24},),
     ),
     "gated_linear": _elementwise("gated_linear", _draw_for(x="BND", gate="B1D", h="BNF", **_LAYER)),
+    "folded_linear": _elementwise(
+        "gated_linear",
+        _draw_for(x="BND", gate="B1D", h="BNH", **_FEW_INPUTS),
+        small_shapes=({"B": 2, "N": 12, "D": 40},),
+    ),
     "added_linear": _elementwise(
         "gated_linear", _draw_for(x="BND", h="BNF", **_LAYER), adapt=_added_linear
     ),
     "gated_mlp": _elementwise("gated_mlp", _draw_for(x="BND", **_ROWS, gate="B1D", **_MLP)),
+    "folded_mlp": _elementwise(
+        "gated_mlp",
+        _draw_for(x="BND", **_ROWS, gate="B1D", **_FEW_INNER),
+        small_shapes=({"B": 2, "N": 12, "D": 40},),
+    ),
 }
 _ELEMENTWISE |= {
-    f"{name} kept": _keeping(_ELEMENTWISE[name], name) for name in ("modulated_linear", "gated_mlp")
+    f"{name} kept": _keeping(_ELEMENTWISE[name], branch)
+    for name, branch in (
+        ("modulated_linear", "modulated_linear"),
+        ("gated_mlp", "gated_mlp"),
+        ("folded_mlp", "gated_mlp"),
+    )
 }
 
 

@@ -37,6 +37,7 @@ _MLP = {"x": "x", "shift": "row", "scale": "row", "gate": "row"} | {
     "weight2": (D, 4 * D),  # wide, so that its gradient is taken as a transpose
     "bias2": (D,),
 }
+_NARROW_MLP = _MLP | {"weight1": (6, D), "bias1": (6,), "weight2": (D, 6)}
 # Operation, and its inputs by name with their shapes (row: one per sample).
 OPERATIONS = {
     "carried_linear": (carried_linear, {"x": "x", "weight": (40, D), "bias": (40,)}),
@@ -47,8 +48,15 @@ OPERATIONS = {
         {"x": "x", "gate": "row", "h": "inner", "weight": (D, 40), "bias": (D,)},
     ),
     "added_linear": (_ungated, {"x": "x", "h": "inner", "weight": (D, 40), "bias": (D,)}),
+    # So few inputs for the tokens of a sample that the gate goes into the weights.
+    "folded_linear": (
+        gated_linear,
+        {"x": "x", "gate": "row", "h": "narrow", "weight": (D, 6), "bias": (D,)},
+    ),
     "gated_mlp": (gated_mlp, _MLP),
     "keeping_mlp": (_keeping_mlp, _MLP),
+    "folded_mlp": (gated_mlp, _NARROW_MLP),
+    "keeping_folded_mlp": (_keeping_mlp, _NARROW_MLP),
 }
 
 
@@ -57,6 +65,7 @@ def _inputs(name: str, dtype: torch.dtype, token_dims: tuple[int, ...]) -> dict[
     shapes = {
         "x": (B, *token_dims, D),
         "inner": (B, *token_dims, 40),
+        "narrow": (B, *token_dims, 6),
         "row": (B, *(1,) * len(token_dims), D),
     }
     inputs = {}
