@@ -44,7 +44,44 @@ def shard_blocks(
         following.set_modules_to_backward_prefetch([block])
     # The root's weights are the first that the backward needs: freeing them would gain nothing.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    if mesh.size(mesh.ndim - 1) == 1:
+        for unit in (*units, model):
+            assert isinstance(unit, FSDPModule)
+            # The interface has no public name to derive from.
+            unit.set_custom_reduce_scatter(_NothingToScatter())  # pyright: ignore[reportArgumentType]
     model.accumulate_shards = accumulate_shards  # pyright: ignore[reportArgumentType]
+
+
+class _NothingToScatter:
+    """Spares a lone shard's gradients a copy: the sum over one process is what it was given.
+
+    FSDP asks for the sum's memory right after that of what goes into it, and copies from one to the
+    other unless they are the same.
+    """
+
+    def __init__(self) -> None:
+        self._given: Tensor | None = None
+
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Memory for a unit's gradients, or the same once more for their sum."""
+        given, self._given = self._given, None
+        if given is not None and (*given.shape, given.dtype) == (*size, dtype):
+            return given
+        self._given = torch.empty(*size, dtype=dtype, device=device)
+        return self._given
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: object,
+        async_op: bool = False,
+    ) -> None:
+        """Never called by FSDP for one process."""
+        raise AssertionError("there is no other process to reduce with")
 
 
 def sync_gradients(model: nn.Module, is_last: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.parallel import (
     ParallelConfig,
@@ -108,6 +109,44 @@ def test_bf16_computes_in_bf16_and_reduces_in_fp32():
         assert found["loss"] != loss, "this was computed in fp32"
     # Samples are summed in fp32 between processes and micro-batches, in bf16 within one: 8 bits.
     assert_same(spread, alone["loss"], alone["gradients"], tolerance=1e-2)
+
+
+class _Copies(TorchDispatchMode):
+    """Counts copies from one fp32 tensor to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            to, source = args[:2]
+            is_moved = to.dtype == source.dtype == torch.float32 and to.data_ptr() != (
+                source.data_ptr()
+            )
+            self.count += is_moved
+        return func(*args, **(kwargs or {}))
+
+
+def _copies_of_a_backward(config: ParallelConfig):
+    mesh = build_mesh(config, start_distributed("cpu"))
+    model = parallelize(ToyModel(), mesh, config)
+    init_toy(model, write_full)
+    counts = []
+    for is_last in (False, True):
+        sync_gradients(model, is_last=is_last)
+        loss = toy_loss(model, toy_batch(0))
+        with _Copies() as copies:
+            loss.backward()
+        counts.append(copies.count)
+    return counts
+
+
+def test_a_lone_shards_gradients_are_not_copied_to_be_summed():
+    assert run_in_processes(_copies_of_a_backward, 1, ParallelConfig(param_dtype="bf16"))[0] == [
+        0,
+        0,
+    ]
 
 
 def test_initial_weights_do_not_depend_on_the_number_of_processes():
