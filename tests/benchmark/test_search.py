@@ -35,6 +35,20 @@ def test_search_fills_memory_by_half_a_doubling_more():
     assert tried == [1, 2, 4, 8, 16, 12]
 
 
+@pytest.mark.parametrize(("fits", "best"), [(25, 24), (23, 20), (19, 18), (17, 16)])
+def test_search_fills_memory_by_the_largest_part_that_fits(fits: int, best: int):
+    attempt, tried = _device(float, fits=1000)
+    found, _ = best_micro_batch(attempt, start=8, may_fit=lambda size, trials: size <= fits)
+    assert found == best
+    assert tried == ([8, 16, best] if best > 16 else [8, 16])
+
+
+def test_search_does_not_take_a_part_more_that_is_slower():
+    attempt, tried = _device(lambda size: size if size <= 16 else 15.0, fits=19)
+    assert best_micro_batch(attempt, start=16)[0] == 16
+    assert tried == [16, 32, 24, 20, 18]
+
+
 def test_search_goes_down_until_something_fits():
     attempt, tried = _device(float, fits=3)
     assert best_micro_batch(attempt, start=16)[0] == 3
