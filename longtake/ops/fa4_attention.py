@@ -1,7 +1,8 @@
 """Self-attention through FlashAttention-4: the package `flash-attn-4`, imported only in this file.
 
-Its gradient of q is wrong for heads of 72 and 80, without a warning, so heads are padded with zeros
-to a size at which it is right. Zeros change no score, and what comes of them is cut off again.
+Its gradient of q is wrong for heads of 72 and 80, without a warning, so for the backward heads are
+padded with zeros to a size at which it is right. Zeros change no score, and what comes of them is
+cut off again. The forward is right at these sizes, too, and takes heads as they are.
 
 Letters: B batch, N tokens, L keys where they are not the queries' tokens, A heads, E size per head,
 P padded size per head.
@@ -18,20 +19,22 @@ import torch
 from torch import Tensor
 
 from longtake.ops.operation import operation, register_autograd, register_fake
+from longtake.ops.resize_heads import resize_heads
 
 # Checked against explicit softmax in float64, forward and backward, on an H200 with 4.0.0b12.
 RIGHT_HEAD_SIZES = (64, 96, 128)
+RIGHT_FORWARD_HEAD_SIZES = (64, 72, 80, 88, 96, 128)
 MIN_CAPABILITY = (9, 0)
 PACKAGE = "flash-attn-4==4.0.0b12"
 
 
-def padded_head_size(head_size: int) -> int:
+def padded_head_size(head_size: int, *, is_forward: bool = False) -> int:
     """The smallest head size not below this one at which the kernels are right.
 
     Raises:
         ValueError: there is none.
     """
-    for size in RIGHT_HEAD_SIZES:
+    for size in RIGHT_FORWARD_HEAD_SIZES if is_forward else RIGHT_HEAD_SIZES:
         if head_size <= size:
             return size
     raise ValueError(f"FlashAttention-4 takes heads up to {RIGHT_HEAD_SIZES[-1]}, not {head_size}")
@@ -75,9 +78,10 @@ def _package() -> ModuleType:
 def fa4_attend(q_BNAE: Tensor, k_BLAE: Tensor, v_BLAE: Tensor) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(E)) v, (B, N, A, E) and contiguous, and the log-sum-exp of each row of
     scores, (B, A, N) float32. No gradient flows through it."""
-    return _attend(
-        _pad_heads(q_BNAE), _pad_heads(k_BLAE), _pad_heads(v_BLAE), head_size=q_BNAE.shape[-1]
-    )
+    head_size = q_BNAE.shape[-1]
+    size = padded_head_size(head_size, is_forward=True)
+    q_BNAP, k_BLAP, v_BLAP = (resize_heads(x, size) for x in (q_BNAE, k_BLAE, v_BLAE))
+    return _attend(q_BNAP, k_BLAP, v_BLAP, head_size=head_size)
 
 
 def fa4_attend_backward(
@@ -91,7 +95,8 @@ def fa4_attend_backward(
     """The gradients of q, k and v. With out and log-sum-exp over more keys than these, what these
     keys contribute to it."""
     head_size = q_BNAE.shape[-1]
-    inputs = [_pad_heads(x) for x in (q_BNAE, k_BLAE, v_BLAE)]
+    size = padded_head_size(head_size)
+    inputs = [resize_heads(x, size) for x in (q_BNAE, k_BLAE, v_BLAE)]
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
     _attend_backward(dout_BNAE, inputs, out_BNAE, logsumexp_BAN, gradients=[dq, dk, dv])
     return dq[..., :head_size], dk[..., :head_size], dv[..., :head_size]
@@ -108,7 +113,7 @@ def _attend(
         softmax_scale=head_size**-0.5,
         return_lse=True,
     )
-    return out_BNAP[..., :head_size].contiguous(), logsumexp_BAN
+    return resize_heads(out_BNAP, head_size), logsumexp_BAN
 
 
 def _attend_backward(
@@ -121,10 +126,11 @@ def _attend_backward(
 ) -> None:
     """Writes the gradients of q, k and v with padded heads."""
     dq_BNAP, dk_BLAP, dv_BLAP = gradients
+    size = dq_BNAP.shape[-1]
     _package()._flash_attn_bwd(
         *inputs,
-        _pad_heads(out_BNAE),
-        _pad_heads(dout_BNAE).contiguous(),
+        resize_heads(out_BNAE, size),
+        resize_heads(dout_BNAE, size).contiguous(),
         logsumexp_BAN,
         softmax_scale=dout_BNAE.shape[-1] ** -0.5,
         deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -139,7 +145,9 @@ def _fa4_attention(
     qkv_BN3AE: Tensor,  # (B, N, 3, A, E), last dimension dense
 ) -> tuple[Tensor, Tensor]:
     """out (B, N, A, E) and, for the backward, the log-sum-exp of each row of scores (B, A, N)."""
-    return _attend(*_pad_heads(qkv_BN3AE).unbind(2), head_size=qkv_BN3AE.shape[-1])
+    head_size = qkv_BN3AE.shape[-1]
+    qkv_BN3AP = resize_heads(qkv_BN3AE, padded_head_size(head_size, is_forward=True))
+    return _attend(*qkv_BN3AP.unbind(2), head_size=head_size)
 
 
 @register_fake(_fa4_attention)
@@ -161,7 +169,7 @@ def _fa4_attention_backward(
     """The gradient of qkv, (B, N, 3, A, E) and contiguous."""
     head_size = qkv_BN3AE.shape[-1]
     # Padded again, since keeping the padded product from the forward would take a third more.
-    qkv_BN3AP = _pad_heads(qkv_BN3AE)
+    qkv_BN3AP = resize_heads(qkv_BN3AE, padded_head_size(head_size))
     dqkv_BN3AP = torch.empty_like(qkv_BN3AP, memory_format=torch.contiguous_format)
     _attend_backward(
         grad_out_BNAE,
@@ -170,24 +178,12 @@ def _fa4_attention_backward(
         logsumexp_BAN,
         gradients=dqkv_BN3AP.unbind(2),
     )
-    return dqkv_BN3AP[..., :head_size].contiguous()
+    return resize_heads(dqkv_BN3AP, head_size)
 
 
 @register_fake(_fa4_attention_backward)
 def _(grad_out_BNAE: Tensor, qkv_BN3AE: Tensor, out_BNAE: Tensor, logsumexp_BAN: Tensor) -> Tensor:
     return qkv_BN3AE.new_empty(qkv_BN3AE.shape)
-
-
-def _pad_heads(x: Tensor) -> Tensor:
-    """x with zeros behind each head up to P, in one pass; x itself where P is E."""
-    head_size = x.shape[-1]
-    padded_size = padded_head_size(head_size)
-    if padded_size == head_size:
-        return x
-    padded = x.new_empty(*x.shape[:-1], padded_size)
-    padded[..., :head_size] = x
-    padded[..., head_size:] = 0
-    return padded
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:

@@ -11,6 +11,7 @@ import longtake.ops.column_sum  # noqa: F401  (defines the operator)
 from longtake.ops.gated_residual import gated_residual_backward, gated_residual_forward
 from longtake.ops.gelu import gelu_backward, gelu_forward
 from longtake.ops.norm_modulate import norm_modulate_backward, norm_modulate_forward
+from longtake.ops.resize_heads import launch_resize
 
 # Of XL, S, B, L and tiny models, with and without a tail.
 HIDDEN_SIZES = (1152, 384, 768, 1024, 128)
@@ -53,6 +54,10 @@ def _column_sum(x: Tensor) -> None:
     torch.ops.longtake.column_sum(x)
 
 
+def _resize_heads(head_size: int, size: int) -> None:
+    launch_resize(torch.zeros(64, 3, 2, head_size, dtype=torch.bfloat16), size)
+
+
 def compile_cases() -> list[tuple[str, Callable[[], None]]]:
     """(name, launches): bfloat16 as in training, float32 for the largest model."""
     half, full = torch.bfloat16, torch.float32
@@ -71,5 +76,7 @@ def compile_cases() -> list[tuple[str, Callable[[], None]]]:
         ("gelu 4608", lambda: _gelu(4608, half)),
         ("gelu 4608 float32", lambda: _gelu(4608, full)),
         ("column_sum 1152", lambda: _column_sum(torch.zeros(64, 1152, dtype=half))),
+        ("resize_heads 72 to 96", lambda: _resize_heads(72, 96)),
+        ("resize_heads 96 to 72", lambda: _resize_heads(96, 72)),
         ("column_sum 3456", lambda: _column_sum(torch.zeros(64, 3456, dtype=half))),
     ]

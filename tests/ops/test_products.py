@@ -93,6 +93,7 @@ def test_operations_are_what_they_are_registered_as():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_problem_without_a_kernel_is_told_once_and_computed_in_steps(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -110,6 +111,7 @@ def test_a_problem_without_a_kernel_is_told_once_and_computed_in_steps(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_products_on_another_stream_and_thread_are_the_same():
     tensors = [
         x.bfloat16() for x in (draw(1, 512, 64), draw(1, 512, 64), draw(1, 64, 64), draw(1, 64))
