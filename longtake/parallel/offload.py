@@ -3,7 +3,7 @@
 With blocks checkpointed, a block's input is all that its backward needs, once in the forward and
 once in the backward: it can travel while other blocks compute. It leaves when the next block's
 input exists, and is fetched back while the block behind it computes its gradients, so that a GPU
-holds about three of them, whatever the depth.
+holds two of them, whatever the depth.
 
     compute     block 0   block 1   block 2   block 3 │ block 3   block 2   block 1   block 0
     copy                  x0 out    x1 out            │           x1 in     x0 in

@@ -170,20 +170,23 @@ class _Stream:
     def on_places(self, branch: Callable[..., Tensor], x_BTSD: Tensor, *rows: Tensor) -> Tensor:
         """A temporal branch: from some frames of all places to all frames of some, and back."""
         num_frames, num_places = self.sizes
-        parts = x_BTSD.split(self._places_of_parts(num_places), dim=2)
+        sizes = self._places_of_parts(num_places)
         arriving = [
             start_exchange(part, self.group, scatter_dim=2, gather_dim=1, length=num_frames)
-            for part in parts
+            for part in x_BTSD.split(sizes, dim=2)
         ]
-        leaving = []
-        for part, arrive in zip(parts, arriving, strict=True):
-            x_BTSD = branch(arrive(), *rows)
-            leaving.append(
-                start_exchange(
-                    x_BTSD, self.group, scatter_dim=1, gather_dim=2, length=part.shape[2]
-                )
+        # Handed on, and not held here: each is a part of all tokens.
+        leaving = [
+            start_exchange(
+                branch(arriving.pop(0)(), *rows),
+                self.group,
+                scatter_dim=1,
+                gather_dim=2,
+                length=places,
             )
-        returned = [leave() for leave in leaving]
+            for places in sizes
+        ]
+        returned = [leaving.pop(0)() for _ in sizes]
         return returned[0] if len(returned) == 1 else torch.cat(returned, dim=2)
 
     def _places_of_parts(self, num_places: int) -> list[int]:
