@@ -26,6 +26,7 @@ from longtake.planning import (
     Ceilings,
     exchanged_bytes,
     floor_seconds,
+    has_full_attention,
     sharding_traffic,
     token_grid,
 )
@@ -240,7 +241,7 @@ def sent_bytes(measured: Measurement, config: dict[str, Any]) -> tuple[float, fl
     )
     # Forward and backward; whatever computes whole blocks again exchanges again.
     parallel = run.parallel
-    by_block, full = parallel.checkpointing in BY_BLOCK, run.model.name in ("dit", "pixart")
+    by_block, full = parallel.checkpointing in BY_BLOCK, has_full_attention(run.model.name)
     again = 1 - parallel.kept_blocks / depth if by_block else 0
     # Around temporal branches tokens travel, within full attention: once more in pieces.
     if parallel.checkpointing == "nested" and parallel.pieces == "all" and full:

@@ -17,7 +17,7 @@ from longtake.ops.kernels import (
     ruled_out,
 )
 from longtake.parallel import attention_degrees, compute_dtype, gather_json
-from longtake.planning import token_grid
+from longtake.planning import has_full_attention, token_grid
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class AttentionLayer:
 
 def ring_size(config: RunConfig) -> int:
     """How many processes pass keys and values around; 1 where nothing but all-to-alls is needed."""
-    if config.model.name not in ("dit", "pixart"):
+    if not has_full_attention(config.model.name):
         return 1
     _, _, num_heads = config.model.dimensions
     return attention_degrees(config.parallel.sp, num_heads)[1]
@@ -43,7 +43,7 @@ def attention_layers(config: RunConfig, latents: tuple[int, int, int]) -> list[A
     """The kinds of attention in a model on so many latent frames, rows and columns."""
     model = config.model
     grid = token_grid(latents, patch=model.patch_size)
-    if model.name in ("dit", "pixart"):
+    if has_full_attention(model.name):
         sp, ring = config.parallel.sp, ring_size(config)
         keys = grid.total if ring == 1 else -(-grid.total // sp) * (sp // ring)
         found = [AttentionLayer("full", "self_attention", keys, in_parts=ring > 1)]

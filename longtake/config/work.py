@@ -17,6 +17,7 @@ from longtake.planning import (
     PeakMemory,
     exchanged_bytes,
     forward_macs,
+    has_full_attention,
     peak_bf16_flops,
     peak_memory,
     ring_bytes,
@@ -162,7 +163,7 @@ def token_notes(config: RunConfig, mesh: Mesh, video_encoder: VideoEncoder) -> l
             f"sp={mesh.sp} is more than divides num_heads={config.model.dimensions[2]}: attention "
             f"goes around rings of {ring} processes{over_heads}"
         )
-    has_frames = config.model.name not in ("dit", "pixart")
+    has_frames = not has_full_attention(config.model.name)
     for bucket in config.data.buckets:
         grid = token_grid(latents_of_bucket(video_encoder, bucket), patch=config.model.patch_size)
         filled = -(-grid.time // mesh.sp) * mesh.sp

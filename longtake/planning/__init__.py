@@ -23,7 +23,13 @@ from longtake.planning.hardware import peak_bf16_flops
 from longtake.planning.layout import Layout, LayoutWork, Links, best_layout, layouts
 from longtake.planning.memory import PeakMemory, peak_memory
 from longtake.planning.sizes import parse_size, size_text
-from longtake.planning.tokens import TokenGrid, count_tokens, latent_size, token_grid
+from longtake.planning.tokens import (
+    TokenGrid,
+    count_tokens,
+    has_full_attention,
+    latent_size,
+    token_grid,
+)
 
 __all__ = [
     "FORMS",
@@ -45,6 +51,7 @@ __all__ = [
     "exchanged_bytes",
     "floor_seconds",
     "forward_macs",
+    "has_full_attention",
     "latent_size",
     "layouts",
     "mean_tokens",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longtake.planning.tokens import TokenGrid
+from longtake.planning.tokens import TokenGrid, has_full_attention
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def ring_bytes(
     Keys and values, 2 passes over the tokens that a process holds, ring - 1 times a block. The
     backward sends twice as much: them, and the sums of their gradients.
     """
-    if model not in ("dit", "pixart"):
+    if not has_full_attention(model):
         return 0
     tokens = -(-grid.total // sp)
     return 2 * (ring - 1) * depth * tokens * hidden_size * bytes_per_value

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from longtake.planning.communication import exchanged_bytes, sharding_traffic
-from longtake.planning.tokens import TokenGrid
+from longtake.planning.tokens import TokenGrid, has_full_attention
 
 # Of a parameter in fp32: weight, two moments, average, gradient.
 STATE_BYTES = 20
@@ -149,7 +149,7 @@ def _layout(
     )
     is_twice = _KEPT_TENSORS.get(work.checkpointing, 1) == 1
     passes = 3 if is_twice else 2
-    if work.checkpointing == "nested" and work.model in ("dit", "pixart"):
+    if work.checkpointing == "nested" and has_full_attention(work.model):
         passes += 1  # full attention exchanges within what is computed once more
     tokens = work.micro_batch * work.grid.total / sp
     kept = _KEPT_TENSORS.get(work.checkpointing, 1) * work.depth

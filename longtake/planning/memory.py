@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longtake.planning.tokens import TokenGrid
+from longtake.planning.tokens import TokenGrid, has_full_attention
 
 GIB = 2**30
 _FP32 = 4
@@ -120,7 +120,7 @@ def peak_memory(
     weights. Raises ValueError for an unknown model or policy.
     """
     branches = _branches(model, mlp_ratio)
-    rows = grid.total if model in ("dit", "pixart") else grid.time
+    rows = grid.total if has_full_attention(model) else grid.time
     tokens = micro_batch * -(-rows // sp) * (grid.total // rows)
     tensor = tokens * hidden_size * bytes_per_value
 

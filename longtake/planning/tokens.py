@@ -21,6 +21,12 @@ class TokenGrid:
         return self.time * self.space
 
 
+def has_full_attention(model: str) -> bool:
+    """Whether all tokens of a sample see each other at once, frames of no account; in other models
+    those of a frame do, and those of a place."""
+    return model in ("dit", "pixart")
+
+
 def latent_size(
     num_frames: int,
     height: int,
