@@ -95,6 +95,7 @@ def predicted_peak(
         micro_batch=micro_batch,
         latent_values=micro_batch * math.prod(latents),
         checkpointing=config.parallel.checkpointing,
+        objective=config.diffusion.objective,
         offload=config.parallel.offload,
         kept_blocks=config.parallel.kept_blocks,
         pieces=config.parallel.pieces,

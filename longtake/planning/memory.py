@@ -9,7 +9,8 @@ Letters as in the models: D hidden size, T patches in time, S patches per frame,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from longtake.planning.tokens import TokenGrid, has_full_attention
 
@@ -20,11 +21,19 @@ _STATE_BYTES = 4 * _FP32
 # Blocks whose weights are gathered at a time where they are freed in between: the one that
 # computes, the next, and one whose memory is not yet reused.
 _GATHERED_BLOCKS = 3
-# Clean latents, noise, their sum, target, prediction (mean and variance) and what the loss makes.
-_TENSORS_OF_LATENTS = 10
-# Inputs of blocks on the device where they are offloaded: one computed with, one leaving or coming,
-# one ahead.
-_OFFLOAD_DEPTH = 3
+# Tensors of latents, fp32, when a loss is computed, noise and prediction (mean and variance) among
+# them.
+_LATENTS_OF_LOSS = {"iddpm": 26, "flow": 7}
+# From then on: the clean ones, and a half of the embedding's patches in bf16.
+_LATENTS_OF_STEP = 1.5
+# Inputs of blocks on the device where they are offloaded: the one computed again with, and the one
+# that has not left or comes back.
+_OFFLOADED_INPUTS = 2
+# Gradients of the stream: the one that came to a branch, and the one that it gives.
+_GRADIENTS = 2
+# A stream on its way between processes: what is sent or has been copied out of what arrived, what
+# arrived, and the same in order.
+_EXCHANGE = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +79,19 @@ class _Branch:
     """Whether its tokens see each other."""
 
 
+def kept_tensors(model: str, checkpointing: str, *, mlp_ratio: float = 4.0) -> float:
+    """Tensors of tokens that a block keeps from its forward for its backward; a policy that
+    computes whole blocks again keeps their inputs. Raises ValueError for an unknown model."""
+    branches = _branches(model, mlp_ratio)
+    match checkpointing:
+        case "none":
+            return sum(branch.kept for branch in branches)
+        case "selective":
+            return sum(branch.kept - branch.again for branch in branches)
+        case _:
+            return 1
+
+
 def peak_memory(
     model: str,
     grid: TokenGrid,
@@ -82,6 +104,7 @@ def peak_memory(
     micro_batch: int,
     latent_values: int,
     checkpointing: str,
+    objective: str = "iddpm",
     offload: bool = False,
     kept_blocks: int = 0,
     pieces: str = "all",
@@ -105,66 +128,75 @@ def peak_memory(
         MLP                  3 + 2r  x, normalized x, inner before and after GELU, projected
 
     "selective" computes normalized tokens and the GELU again: one less a norm, r less for the MLP.
-    "full" keeps a block's input, and one block as "none" does; "nested" keeps a block's input, the
-    inputs of one block's branches, two gradients and one piece of a branch, and with pieces
-    "pointwise" what its self-attention keeps; offloaded, three blocks' inputs. Of kept_blocks
-    blocks at the end "selective" keeps what it does; they are done with when the first checkpointed
-    one is computed again. The MLP's backward, which begins a block's, adds two gradients of the
-    inner tensor and one of the stream: 2r + 1, and r more where the GELU is computed again.
+    "full" keeps a block's input, and one block as "none" does; "nested" keeps a block's input and,
+    of one block, the inputs of its branches, with pieces "pointwise" what its self-attention keeps
+    in place of their inputs. Offloaded, two inputs of blocks are there. Of kept_blocks blocks at
+    the end "selective" keeps what it does; they are done with when the first checkpointed one is
+    computed again.
 
-    Three moments are compared: the turn from forward to backward, when everything is kept; the
-    first block's backward, when all gradients are there; and that of the embedding, whose tokens
+    The MLP's backward, which begins a block's, adds two gradients of the inner tensor and two of
+    the stream: 2r + 2, and r more where the GELU is computed again. Nested, it is that of a piece,
+    its forward included, beside the two of the stream. With sp a nested block may hold more when it
+    is computed again and its stream comes back from the temporal branch: three buffers, the stream
+    that went there, and one gradient, but no inputs of branches behind.
+
+    Four moments are compared: the loss, when all is kept, the final layer's input with it; the turn
+    to the backward, which brings the last block's working set and a gradient in place of that
+    input; the first block's backward, when all gradients are there; and the embedding, whose tokens
     sp does not split.
 
     latent_values are those of the micro-batch. shards are the processes that share one copy of the
-    weights. Raises ValueError for an unknown model or policy.
+    weights. Raises ValueError for an unknown model, policy or objective.
     """
     branches = _branches(model, mlp_ratio)
     rows = grid.total if has_full_attention(model) else grid.time
     tokens = micro_batch * -(-rows // sp) * (grid.total // rows)
     tensor = tokens * hidden_size * bytes_per_value
 
-    of_rows = _FP32 * tokens * sum(num_heads * b.log_sums + 2 * b.norms for b in branches)
+    def rows_of(some: list[_Branch]) -> float:
+        return (
+            _FP32 * tokens * sum(num_heads * branch.log_sums + 2 * branch.norms for branch in some)
+        )
+
     text = micro_batch * text_tokens * 2 * hidden_size * bytes_per_value
     text = text if any(branch.kept == 3 for branch in branches) else 0
-    own = sum(branch.kept for branch in branches) * tensor + of_rows + text  # of one block
-    backward = (2 * mlp_ratio + 1) * tensor
-    selective = own - sum(branch.again for branch in branches) * tensor
+    beside = rows_of(branches) + text
+    own = kept_tensors(model, "none", mlp_ratio=mlp_ratio) * tensor + beside  # of one block
+    selective = kept_tensors(model, "selective", mlp_ratio=mlp_ratio) * tensor + beside
+    backward = (_GRADIENTS + 2 * mlp_ratio) * tensor
     selective_backward = backward + mlp_ratio * tensor
     checkpointed = depth - kept_blocks
-    inputs = min(_OFFLOAD_DEPTH, checkpointed) if offload else checkpointed
+    inputs = min(_OFFLOADED_INPUTS, checkpointed) if offload else checkpointed
+    other_inputs = (inputs - 1) * tensor  # than that of the block computed again
+    # Offloaded, as many are there at the last but one block's backward as at the first's.
+    late_inputs = other_inputs if offload else 0
     match checkpointing:
         case "none":
             kept, first, working = depth * own, own, backward
         case "selective":
             kept, first, working = depth * selective, selective, selective_backward
         case "full":
-            kept, first, working = (inputs - 1) * tensor + own, own, backward
+            kept, first, working = other_inputs + own, late_inputs + own, backward
         case "nested":
             whole = [b for b in branches if b.is_attention] if pieces == "pointwise" else []
             in_pieces = [branch for branch in branches if branch not in whole]
-            # Whole branches are done with after those in pieces, whose inputs are free by then.
-            of_whole = sum(branch.kept for branch in whole) * tensor + bool(whole) * of_rows
-            kept = (inputs - 1 + len(in_pieces)) * tensor + of_whole
-            first = len(in_pieces) * tensor + of_whole
-            exchange = 3 if sp > 1 else 0
-            piece = max(
-                (branch.kept + 2 * mlp_ratio + 1 + 3)
-                * (min(1, piece_tokens / tokens) if branch.is_cut else 1)
-                for branch in in_pieces
-            )
-            if whole:  # the gradients of what was attended to and of q, k and v
-                piece = max(piece, 4 - len(in_pieces))
-            working = (2 + exchange + piece) * tensor
+            again = (sum(b.kept for b in whole) + len(in_pieces)) * tensor + rows_of(whole)
+            kept, first = other_inputs + again, late_inputs + again
+            share = min(1, piece_tokens / tokens)
+            working = _nested_working(branches, in_pieces, share, mlp_ratio, sp) * tensor
         case _:
             raise ValueError(
                 f"checkpointing={checkpointing} has no formula: expected none, selective, full or "
                 "nested"
             )
     if kept_blocks:
-        of_kept = inputs * tensor + kept_blocks * selective
-        if of_kept + selective_backward > kept + working:
-            kept, working = of_kept, selective_backward
+        at_loss = inputs * tensor + kept_blocks * selective
+        if at_loss + selective_backward > kept + working:
+            kept, working = at_loss, selective_backward
+    elif checkpointing in ("full", "nested"):
+        at_loss = inputs * tensor
+    else:
+        at_loss = kept
 
     states = _STATE_BYTES * parameters / shards
     is_freed = zero == 3 and shards > 1
@@ -173,30 +205,46 @@ def peak_memory(
     reduced = _FP32 * parameters / shards
     # Of earlier micro-batches: sums that are reduced every time, or once.
     earlier = 0 if accumulation == 1 else reduced if zero >= 2 else _FP32 * parameters
-    outside = _TENSORS_OF_LATENTS * latent_values * _FP32
-    at_turn = PeakMemory(
+    of_latents = _FP32 * latent_values
+    if objective not in _LATENTS_OF_LOSS:
+        raise ValueError(
+            f"objective={objective} has no formula: expected one of {', '.join(_LATENTS_OF_LOSS)}"
+        )
+    loss = PeakMemory(
         states=states,
         gathered=gathered,
         gradients=earlier,
-        kept=kept + tensor,  # the final layer keeps its input
-        working=working + outside,
+        kept=at_loss + tensor,
+        working=_LATENTS_OF_LOSS[objective] * of_latents,
     )
+    turn = replace(loss, kept=kept, working=working + _LATENTS_OF_STEP * of_latents)
     in_flight = 2 * block_parameters * (bytes_per_value + _FP32)
-    at_first = PeakMemory(
-        states=states,
-        gathered=gathered,
-        gradients=max(reduced, earlier) + in_flight,
-        kept=first,
-        working=working + outside,
+    gradients = max(reduced, earlier) + in_flight
+    first_block = replace(turn, gradients=gradients, kept=first)
+    whole_stream = micro_batch * grid.total * hidden_size * bytes_per_value
+    # The embedded patches and the same with their positions; noise and noisy latents beside.
+    embedding = replace(
+        first_block, kept=0, working=2 * whole_stream + (2 + _LATENTS_OF_STEP) * of_latents
     )
-    at_embedding = PeakMemory(
-        states=states,
-        gathered=gathered,
-        gradients=max(reduced, earlier) + in_flight,
-        kept=0,
-        working=3 * micro_batch * grid.total * hidden_size * bytes_per_value + outside,
+    return max(loss, turn, first_block, embedding, key=lambda moment: moment.total)
+
+
+def _nested_working(
+    branches: list[_Branch], in_pieces: list[_Branch], share: float, mlp_ratio: float, sp: int
+) -> float:
+    """Tensors of tokens that a nested block holds beside what it keeps, a piece being such a share
+    of them: in a branch's backward or, with sp, when it is computed again."""
+    piece = max(
+        (branch.kept + 1 + 2 * mlp_ratio) * (share if branch.is_cut else 1) for branch in in_pieces
     )
-    return max(at_turn, at_first, at_embedding, key=lambda moment: moment.total)
+    in_backward = _GRADIENTS + piece
+    if sp == 1:
+        return in_backward
+    # Back from attention the stream is exchanged. The one that went there and the gradient of the
+    # block's output are held; inputs of branches behind are kept, but not there yet.
+    behind = len(list(takewhile(lambda branch: not branch.is_attention, reversed(branches))))
+    in_exchange = _EXCHANGE + 1 + 1 - behind
+    return max(in_backward, in_exchange)
 
 
 def _branches(model: str, mlp_ratio: float) -> list[_Branch]:

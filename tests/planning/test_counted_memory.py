@@ -1,0 +1,54 @@
+"""The predicted peak beside a count of all tensors, at the sizes of long videos."""
+
+from dataclasses import replace
+
+import pytest
+
+from longtake.config import preset
+from longtake.diffusion import DiffusionConfig
+from longtake.planning import TokenGrid, peak_memory
+from tests.planning.counted_memory import count_and_predict, count_loss
+
+
+@pytest.mark.parametrize(
+    ("name", "sp", "fields"),
+    [
+        ("stdit-xl2-360x512", 1, {"checkpointing": "none"}),
+        ("stdit-xl2-360x512", 2, {"checkpointing": "full"}),
+        ("stdit-xl2-360x512", 1, {"checkpointing": "nested"}),
+        ("stdit-xl2-360x512", 2, {"checkpointing": "nested", "pieces": "pointwise"}),
+        # With pieces this small the fullest moment is another: tokens between processes.
+        ("stdit-xl2-1min-1080p", 2, {"checkpointing": "nested", "pieces": "pointwise"}),
+    ],
+)
+def test_what_is_predicted_is_what_tensors_take(name, sp, fields):
+    config = preset(name)
+    config = replace(
+        config,
+        model=replace(config.model, depth=2),
+        parallel=replace(config.parallel, sp=sp, **fields),
+    )
+    counted, predicted = count_and_predict(config)
+    # One tensor of tokens is 4 % or more of what a nested run of two blocks holds.
+    assert predicted.total - predicted.states == pytest.approx(counted, rel=0.03)
+
+
+@pytest.mark.parametrize("objective", ["iddpm", "flow"])
+def test_latents_that_a_loss_holds(objective):
+    predicted = peak_memory(
+        "dit",
+        TokenGrid(1, 1),
+        hidden_size=0,
+        num_heads=0,
+        depth=1,
+        parameters=0,
+        block_parameters=0,
+        micro_batch=1,
+        latent_values=1,
+        checkpointing="none",
+        objective=objective,
+    )
+    # Half of one is in bf16 and the embedding's.
+    assert predicted.working / 4 == pytest.approx(
+        count_loss(DiffusionConfig(objective=objective)) + 0.5, abs=1
+    )
