@@ -21,12 +21,13 @@ from longtake.benchmark.records import (
 )
 from longtake.benchmark.rows import Policy, Row
 from longtake.config import RunConfig, from_plain, to_plain
-from longtake.parallel import BY_BLOCK
+from longtake.parallel import BY_BLOCK, attention_degrees
 from longtake.planning import (
     Ceilings,
     exchanged_bytes,
     floor_seconds,
     has_full_attention,
+    ring_bytes,
     sharding_traffic,
     token_grid,
 )
@@ -226,28 +227,31 @@ def floor_rate(measured: Measurement, config: dict[str, Any], ceilings: Ceilings
 
 
 def sent_bytes(measured: Measurement, config: dict[str, Any]) -> tuple[float, float]:
-    """Bytes that leave a GPU in one step by formula: of exchanged tokens, and of weights and
-    gradients."""
+    """Bytes that leave a GPU in one step by formula: of tokens, and of weights and gradients.
+
+    With F the bytes of all-to-alls in a forward, among n processes, and R those of a ring, tokens
+    send (2 + again) F (n - 1) / n + (3 + again) R: a backward exchanges as much as a forward, and
+    passes keys, values and the sums of their gradients on. `again` are forwards computed again.
+    """
     run = from_plain(config, RunConfig, source="row")
-    depth, hidden_size, _ = run.model.dimensions
+    parallel, name, sp = run.parallel, run.model.name, measured.sp
+    depth, hidden_size, num_heads = run.model.dimensions
     weight_bytes = 2 if measured.precision == "bf16" else 4
-    exchanged = measured.micro_batch * exchanged_bytes(
-        run.model.name,
-        token_grid(measured.latents[1:], patch=run.model.patch_size),
-        hidden_size=hidden_size,
-        depth=depth,
-        sp=measured.sp,
-        bytes_per_value=weight_bytes,
-    )
-    # Forward and backward; whatever computes whole blocks again exchanges again.
-    parallel = run.parallel
-    by_block, full = parallel.checkpointing in BY_BLOCK, has_full_attention(run.model.name)
-    again = 1 - parallel.kept_blocks / depth if by_block else 0
+    full = has_full_attention(name)
+    ring = attention_degrees(sp, num_heads)[1] if full else 1
+    grid = token_grid(measured.latents[1:], patch=run.model.patch_size)
+    how = {"hidden_size": hidden_size, "depth": depth, "sp": sp, "ring": ring}
+    exchanged = exchanged_bytes(name, grid, **how, bytes_per_value=weight_bytes)
+    around = ring_bytes(name, grid, **how, bytes_per_value=weight_bytes)
+    again = 1 - parallel.kept_blocks / depth if parallel.checkpointing in BY_BLOCK else 0
     # Around temporal branches tokens travel, within full attention: once more in pieces.
     if parallel.checkpointing == "nested" and parallel.pieces == "all" and full:
         again *= 2
-    passes = 2 + again
-    replicas = parallel.dp_replicate
+    leaving = exchanged * (1 - ring / sp)
+    of_tokens = measured.micro_batch * ((2 + again) * leaving + (3 + again) * around)
+
+    # At level 0 nothing is sharded: every process is a replica.
+    replicas = measured.num_devices if parallel.zero == 0 else parallel.dp_replicate
     sharding = sharding_traffic(
         measured.parameters,
         shards=measured.num_devices // replicas,
@@ -255,7 +259,7 @@ def sent_bytes(measured: Measurement, config: dict[str, Any]) -> tuple[float, fl
         gathers=2 if parallel.zero == 3 else 1,
         weight_bytes=weight_bytes,
     )
-    return passes * exchanged * (measured.sp - 1) / measured.sp, sharding.total
+    return of_tokens, sharding.total
 
 
 def earlier_table(

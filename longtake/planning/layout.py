@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from longtake.planning.communication import exchanged_bytes, sharding_traffic
+from longtake.planning.memory import kept_tensors
 from longtake.planning.tokens import TokenGrid, has_full_attention
 
 # Of a parameter in fp32: weight, two moments, average, gradient.
@@ -18,9 +20,6 @@ STATE_BYTES = 20
 _UPDATE_BYTES = 36
 # What collectives that compute hides cost it: they run on some of its multiprocessors. Assumed.
 _COST_OF_HIDING = 0.1
-# By count, what a block keeps for the backward in bf16 tensors of its tokens. A policy that is not
-# here computes whole blocks again, and is counted as "full".
-_KEPT_TENSORS = {"none": 27, "selective": 21, "full": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +59,8 @@ class LayoutWork:
     micro_batch: int = 1
     """Samples of one step for each group of processes that share tokens."""
     checkpointing: str = "selective"
+    """One that is neither "none" nor "selective" computes whole blocks again, as "full" does."""
+    mlp_ratio: float = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,14 +148,15 @@ def _layout(
     exchanged = work.micro_batch * exchanged_bytes(
         work.model, work.grid, hidden_size=work.hidden_size, depth=work.depth, sp=sp
     )
-    is_twice = _KEPT_TENSORS.get(work.checkpointing, 1) == 1
+    keeps = partial(kept_tensors, work.model, mlp_ratio=work.mlp_ratio)
+    is_twice = work.checkpointing not in ("none", "selective")
     passes = 3 if is_twice else 2
     if work.checkpointing == "nested" and has_full_attention(work.model):
         passes += 1  # full attention exchanges within what is computed once more
     tokens = work.micro_batch * work.grid.total / sp
-    kept = _KEPT_TENSORS.get(work.checkpointing, 1) * work.depth
+    kept = keeps(work.checkpointing) * work.depth
     if is_twice:
-        kept += _KEPT_TENSORS["selective"]  # of the block that is being computed again
+        kept += keeps("selective")  # of the block that is being computed again
     again = 4 / 3 if is_twice else 1
     return Layout(
         dp_replicate=replicas,

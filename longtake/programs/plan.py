@@ -296,6 +296,7 @@ def _layout(arguments: list[str]) -> int:
         flops_per_sample=work_of_latents(config, latents, samples=1)["flops"],
         micro_batch=chosen.micro_batch,
         checkpointing=config.parallel.checkpointing,
+        mlp_ratio=config.model.mlp_ratio,
     )
     links = Links(
         machine_bytes=chosen.machine_gb_s * 1e9,

@@ -8,7 +8,7 @@ from longtake.benchmark.plot import plot_table
 from longtake.benchmark.records import Outcome, Protocol, load_report, save_report, timing
 from longtake.benchmark.render import markdown, show
 from longtake.benchmark.table import measure_table, same_settings, select, sent_bytes
-from longtake.config import to_plain
+from longtake.config import preset, to_plain
 from longtake.ops.kernels import PLAIN
 from tests.benchmark.conftest import machine, measurement, row
 
@@ -252,6 +252,29 @@ def test_two_gpus_are_rated_against_one_and_shared_tokens_against_shared_samples
     kept["parallel"] |= {"checkpointing": "full", "kept_blocks": 7}
     again, _ = sent_bytes(shared.fast.measurement, kept)
     assert again == (2 + 21 / 28) * exchanged / 2
+    kept["parallel"] |= {"zero": 0}
+    # Nothing is gathered, and gradients are all-reduced: 2 (n - 1) / n of them.
+    assert sent_bytes(shared.fast.measurement, kept)[1] == 2 * 4 * 759_620_768 / 2
     text = markdown(report)
     assert "dp=1, sp=2 | 2.7 | 1.35 | stdit-64x512-dp2 | 0.9 | 10.0% | 4.23 GB | 2.28 GB" in text
     assert "dp=2, sp=1 | 3 | 1.5 | stdit-64x512 | 0.938 | 6.2% | 0 GB | 2.28 GB" in text
+
+
+@pytest.mark.parametrize(
+    ("sp", "checkpointing", "passes"),
+    # Of a process's tokens, over 28 blocks: 4 in all-to-alls among n, (n - 1) / n of which leave,
+    # and 2 (r - 1) around a ring of r; a backward sends as much and twice as much.
+    [
+        (2, "none", 2 * 4 / 2),
+        (3, "none", 3 * 4),
+        (6, "none", 2 * 4 / 2 + 3 * 4),
+        (6, "full", 3 * 4 / 2 + 4 * 4),
+        (6, "nested", 4 * 4 / 2 + 5 * 4),
+    ],
+)
+def test_what_full_attention_sends_leaves_in_exchanges_and_around_rings(sp, checkpointing, passes):
+    config = to_plain(preset("pixart-xl2-16x256"))
+    config["parallel"] |= {"sp": sp, "checkpointing": checkpointing, "kept_blocks": 0}
+    found = measurement(micro_batch=3, latents=(4, 3, 64, 64), sp=sp, num_devices=sp)
+    tokens, _ = sent_bytes(found, config)
+    assert tokens == pytest.approx(3 * passes * 28 * (3 * 1024 // sp) * 1152 * 2)

@@ -83,3 +83,19 @@ def test_tokens_are_shared_only_where_memory_asks_for_it():
     assert best.sp == 2
     # A policy that is not known here is counted as the one that recomputes everything.
     assert _layouts(8, replace(WORK, checkpointing="other")) == _layouts(8)
+
+
+@pytest.mark.parametrize(
+    ("model", "whole", "selective"),
+    # As docs/memory.md counts them.
+    [("stdit", 27, 21), ("stdit2", 34, 27), ("pixart", 21, 15), ("dit", 18, 12), ("latte", 18, 12)],
+)
+def test_each_model_keeps_its_own_tensors(model, whole, selective):
+    tensor = 64 * 1024 * 1152 * 2
+    for policy, tensors in (
+        ("none", 28 * whole),
+        ("selective", 28 * selective),
+        ("full", 28 + selective),
+    ):
+        work = replace(WORK, model=model, checkpointing=policy)
+        assert _layouts(1, work)[1, 1, 1].activation_bytes == tensors * tensor
