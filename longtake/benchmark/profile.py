@@ -41,7 +41,8 @@ class Profile:
     buckets: tuple[str, ...]
     micro_batches: tuple[int, ...]
     unprofiled_step_ms: float
-    """The mean of steps timed by the protocol, before the profiler slowed the host down."""
+    """The mean of steps timed by the protocol, as many of each bucket, before the profiler slowed
+    the host down."""
     split: Split
     graphs: Graphs
     compiled_meanwhile: int
@@ -103,7 +104,7 @@ def _profile_buckets(
     say("warming up, then timing without the profiler")
     for _ in buckets:
         run()
-    timed, _ = time_steps(run, mesh.device, options.protocol)
+    timed, _ = time_steps(run, mesh.device, options.protocol, turns=len(buckets))
     graphs = count_graphs()
     say("profiling")
     split = _profiled(run, 1 + steps * len(buckets), mesh, trace)

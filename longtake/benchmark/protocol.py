@@ -49,8 +49,13 @@ def time_steps(
     device: torch.device,
     protocol: Protocol,
     say: Callable[[str], None] = lambda text: None,
+    *,
+    turns: int = 1,
 ) -> tuple[Timing, str | None]:
-    """Times steps; also the GPU's clocks while the last of them ran. Long ones are told at once."""
+    """Times steps; also the GPU's clocks while the last of them ran. Long ones are told at once.
+
+    Of workloads that take turns each is timed equally often: steps come in whole rounds.
+    """
     seconds, number, first = 0.0, 0, 0.0
     graphs = -1
     while number < _MOST_WARMUP:
@@ -68,7 +73,7 @@ def time_steps(
     steps = protocol.steps
     if seconds * steps > protocol.seconds:
         steps = max(min(_LEAST_STEPS, steps), int(protocol.seconds / max(seconds, 1e-9)))
-    steps = _agreed(steps)
+    steps = _agreed(-(-steps // turns) * turns)
     if device.type == "cuda":
         is_long = seconds > _LONG_SECONDS
         step_ms, clocks = _event_times(step, steps, warm_up=not is_long)

@@ -48,6 +48,16 @@ def test_long_steps_are_timed_fewer_times(monkeypatch):
     assert len(time_steps(steps, CPU, Protocol(steps=10, seconds=20))[0].step_ms) == 5
 
 
+def test_workloads_that_take_turns_are_timed_equally_often(monkeypatch):
+    steps = _Steps(monkeypatch, [0.1, 0.3] * 20)
+    found, _ = time_steps(steps, CPU, Protocol(warmup=2, steps=3), turns=2)
+    assert [round(time) for time in found.step_ms] == [100, 300, 100, 300]
+    # Also where long steps are timed fewer times.
+    steps = _Steps(monkeypatch, [6.0])
+    found, _ = time_steps(steps, CPU, Protocol(steps=10, seconds=20), turns=4)
+    assert len(found.step_ms) == 4
+
+
 def test_long_warmup_steps_are_told_at_once(monkeypatch):
     steps, told = _Steps(monkeypatch, [30.0, 12.0, 9.0, 1.0, 1.0]), []
     time_steps(steps, CPU, Protocol(warmup=3, steps=2, seconds=1000), told.append)
