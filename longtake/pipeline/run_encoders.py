@@ -38,7 +38,7 @@ def encoders_of_source(
     if not isinstance(source, StoreSource):
         return build_encoders(video_config, text_config, mesh, seed)
     video, text = stored_encoders(source.recipe, video_config, text_config, mesh.device, seed)
-    lacks_clips, lacks_text = source.lacking if source.media is not None else (False, False)
+    lacks_clips, lacks_text = _lacking(source)
     if is_sampled:
         if not lacks_clips:
             video.real.check()
@@ -56,16 +56,23 @@ def encoders_of_source(
 def text_config_of_source(source: Source, config: TextEncoderConfig) -> TextEncoderConfig:
     """The text encoder's, whole on every process where a store has most captions.
 
-    Then only a process whose batch lacks one calls it, and no collective may be in there.
+    Then only a process whose batch lacks one calls it, and no collective may be in there. Where the
+    store has all, none calls it in a step: there is nothing to shard.
     """
     if not isinstance(source, StoreSource):
         return config
-    if config.placement == "sharded":
+    if config.placement == "sharded" and _lacking(source)[1]:
         raise ValueError(
             "text_encoder.placement=sharded needs all processes in every step, but with a store "
-            "only those encode whose captions it lacks: use auto or replicated"
+            "that lacks captions only those encode whose captions it lacks: use auto or "
+            "replicated, or encode all captions"
         )
     return replace(config, placement="replicated")
+
+
+def _lacking(source: StoreSource) -> tuple[bool, bool]:
+    """Whether the step has clips to encode, and captions, that the store has not got."""
+    return source.lacking if source.media is not None else (False, False)
 
 
 def release(*encoders: VideoEncoder | TextEncoder | None) -> None:

@@ -313,6 +313,37 @@ def test_a_mix_that_was_stopped_ends_bit_identical(mixed, straight):
     assert numbers(run_folder(config)) == numbers(straight[0])
 
 
+@pytest.mark.parametrize("lacks_captions", [True, False])
+def test_a_sharded_text_encoder_is_refused_where_some_captions_lack(
+    mixed, straight, tmp_path, lacks_captions
+):
+    """A process whose captions are all there would not meet the others in its collectives."""
+    from longtake.store import write_index
+
+    store = tmp_path / "store"
+    shutil.copytree(mixed.data.store, store)
+    index = read_index(store)
+    assert (index.text >= 0).all(), "this budget leaves clips out only"
+    if lacks_captions:
+        text = index.text.copy()
+        text[0] = NOT_STORED
+        write_index(store, replace(index, text=text))
+    config = replace(
+        mixed,
+        name="sharded",
+        output=str(tmp_path / "runs"),
+        data=replace(mixed.data, store=str(store)),
+        text_encoder=replace(mixed.text_encoder, placement="sharded"),
+    )
+    outcomes = longtake_in(2, "train", "--config", save_config(config))
+    if lacks_captions:
+        assert [outcome.status for outcome in outcomes] == [2, 2]
+        assert "placement=sharded needs all processes in every step" in outcomes[0].err
+    else:
+        assert [outcome.status for outcome in outcomes] == [0, 0], outcomes[0].err
+        assert losses(run_folder(config)) == pytest.approx(losses(straight[0]), rel=1e-5)
+
+
 def test_mixes_that_do_not_fit_are_refused(real, mixed, tmp_path):
     store = mixed.data.store
     refused = replace(real, name="refused", output=str(tmp_path / "runs"))
@@ -328,11 +359,6 @@ def test_mixes_that_do_not_fit_are_refused(real, mixed, tmp_path):
         outcome = longtake("train", "--config", save_config(config))
         assert outcome.status == 2, outcome.err
         assert problem in outcome.err
-    # A process whose captions are all there would not meet the others in its collectives.
-    text = replace(mixed.text_encoder, placement="sharded")
-    outcome = longtake("train", "--config", save_config(replace(mixed, text_encoder=text)))
-    assert outcome.status == 2, outcome.err
-    assert "placement=sharded needs all processes in every step" in outcome.err
     seeded = replace(refused, seed=1, data=mixed.data)  # other random weights
     outcome = longtake("train", "--config", save_config(seeded))
     assert outcome.status == 2, outcome.err
