@@ -10,7 +10,6 @@ Letters as in the models: D hidden size, T patches in time, S patches per frame,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import takewhile
 
 from longtake.planning.tokens import TokenGrid, has_full_attention
 
@@ -138,7 +137,8 @@ def peak_memory(
     the stream: 2r + 2, and r more where the GELU is computed again. Nested, it is that of a piece,
     its forward included, beside the two of the stream. With sp a nested block may hold more when it
     is computed again and its stream comes back from the temporal branch: three buffers, the stream
-    that went there, and one gradient, but no inputs of branches behind.
+    that went there, and one gradient, but no inputs of branches behind. Full attention is one piece
+    and may hold more in its backward: 11 tensors, 17 with sp, again without those inputs.
 
     Four moments are compared: the loss, when all is kept, the final layer's input with it; the turn
     to the backward, which brings the last block's working set and a gradient in place of that
@@ -233,18 +233,21 @@ def _nested_working(
     branches: list[_Branch], in_pieces: list[_Branch], share: float, mlp_ratio: float, sp: int
 ) -> float:
     """Tensors of tokens that a nested block holds beside what it keeps, a piece being such a share
-    of them: in a branch's backward or, with sp, when it is computed again."""
-    piece = max(
-        (branch.kept + 1 + 2 * mlp_ratio) * (share if branch.is_cut else 1) for branch in in_pieces
-    )
-    in_backward = _GRADIENTS + piece
-    if sp == 1:
-        return in_backward
-    # Back from attention the stream is exchanged. The one that went there and the gradient of the
-    # block's output are held; inputs of branches behind are kept, but not there yet.
-    behind = len(list(takewhile(lambda branch: not branch.is_attention, reversed(branches))))
-    in_exchange = _EXCHANGE + 1 + 1 - behind
-    return max(in_backward, in_exchange)
+    of them: in its MLP's backward or about its last attention."""
+    in_mlp = _GRADIENTS + share * (branches[-1].kept + 1 + 2 * mlp_ratio)
+    # Inputs of branches behind it are done with in its backward, and not there before.
+    behind = next(n for n, branch in enumerate(reversed(branches)) if branch.is_attention)
+    attention = branches[-1 - behind]
+    if attention.is_cut:
+        # Back from it the stream is exchanged; the one that went there and a gradient are held.
+        in_attention = _EXCHANGE + 1 + 1 if sp > 1 else 0
+    elif attention in in_pieces:
+        # All of it at once: forward, a gradient before and three behind, and q, k and v twice more
+        # where they are exchanged.
+        in_attention = attention.kept + 1 + 3 + (6 if sp > 1 else 0)
+    else:
+        in_attention = 0
+    return max(in_mlp, in_attention - behind)
 
 
 def _branches(model: str, mlp_ratio: float) -> list[_Branch]:

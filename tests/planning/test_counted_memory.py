@@ -11,21 +11,22 @@ from tests.planning.counted_memory import count_and_predict, count_loss
 
 
 @pytest.mark.parametrize(
-    ("name", "sp", "fields"),
+    ("name", "model", "sp", "fields"),
     [
-        ("stdit-xl2-360x512", 1, {"checkpointing": "none"}),
-        ("stdit-xl2-360x512", 2, {"checkpointing": "full"}),
-        ("stdit-xl2-360x512", 1, {"checkpointing": "nested"}),
-        ("stdit-xl2-360x512", 2, {"checkpointing": "nested", "pieces": "pointwise"}),
+        ("stdit-xl2-360x512", "stdit", 1, {"checkpointing": "none"}),
+        ("stdit-xl2-360x512", "stdit", 2, {"checkpointing": "full"}),
+        ("stdit-xl2-360x512", "stdit", 1, {"checkpointing": "nested"}),
+        ("stdit-xl2-360x512", "stdit", 2, {"checkpointing": "nested", "pieces": "pointwise"}),
+        ("stdit-xl2-360x512", "pixart", 1, {"checkpointing": "nested"}),
         # With pieces this small the fullest moment is another: tokens between processes.
-        ("stdit-xl2-1min-1080p", 2, {"checkpointing": "nested", "pieces": "pointwise"}),
+        ("stdit-xl2-1min-1080p", "stdit", 2, {"checkpointing": "nested", "pieces": "pointwise"}),
     ],
 )
-def test_what_is_predicted_is_what_tensors_take(name, sp, fields):
+def test_what_is_predicted_is_what_tensors_take(name, model, sp, fields):
     config = preset(name)
     config = replace(
         config,
-        model=replace(config.model, depth=2),
+        model=replace(config.model, name=model, depth=2),
         parallel=replace(config.parallel, sp=sp, **fields),
     )
     counted, predicted = count_and_predict(config)
