@@ -90,8 +90,11 @@ class _GatedMlp(torch.autograd.Function):
         recompute = act_BNF is None
         backward = GatedProductBackward.of(dout_BND, *second)
         if recompute:
-            dact_MF = (backward.dy @ backward.weight).view(-1, pre_BNF.shape[-1])
-            dpre_MF, act_MF, dbias1_F = gelu_backward(dact_MF, pre_BNF.flatten(0, 1), True)
+            dpre_MF, act_MF, dbias1_F = gelu_backward(
+                (backward.dy @ backward.weight).view(-1, pre_BNF.shape[-1]),
+                pre_BNF.flatten(0, 1),
+                True,
+            )
             act_BNF = act_MF.view_as(pre_BNF)
         else:
             dpre = gelu_input_gradient(backward.dy, backward.weight, backward.rows(pre_BNF))

@@ -148,7 +148,12 @@ def _layout(
     exchanged = work.micro_batch * exchanged_bytes(
         work.model, work.grid, hidden_size=work.hidden_size, depth=work.depth, sp=sp
     )
-    keeps = partial(kept_tensors, work.model, mlp_ratio=work.mlp_ratio)
+    keeps = partial(
+        kept_tensors,
+        work.model,
+        tokens_per_width=work.grid.total / sp / work.hidden_size,
+        mlp_ratio=work.mlp_ratio,
+    )
     is_twice = work.checkpointing not in ("none", "selective")
     passes = 3 if is_twice else 2
     if work.checkpointing == "nested" and has_full_attention(work.model):

@@ -9,6 +9,7 @@ Letters as in the models: D hidden size, T patches in time, S patches per frame,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from longtake.planning.tokens import TokenGrid, has_full_attention
@@ -28,6 +29,9 @@ _LATENTS_OF_STEP = 1.5
 # Inputs of blocks on the device where they are offloaded: the one computed again with, and the one
 # that has not left or comes back.
 _OFFLOADED_INPUTS = 2
+# A sample of so many tokens per input of a branch's last layer has its gate in the layer's weights
+# (longtake.ops.gated_product), and the layer's output is not kept.
+FOLDING_TOKENS_PER_INPUT = 2
 # Gradients of the stream: the one that came to a branch, and the one that it gives.
 _GRADIENTS = 2
 # A stream on its way between processes: what is sent or has been copied out of what arrived, what
@@ -76,12 +80,29 @@ class _Branch:
     """Whether it can run in pieces."""
     is_attention: bool = True
     """Whether its tokens see each other."""
+    gated_inputs: float | None = None
+    """Of its last layer, in hidden sizes, if a gate multiplies what that layer makes."""
+
+    def with_folded_gate(self, tokens_per_width: float) -> _Branch:
+        """The same where the gate goes into the weights, for samples of so many tokens in hidden
+        sizes."""
+        if not self.folds(tokens_per_width):
+            return self
+        return replace(self, kept=self.kept - 1)
+
+    def folds(self, tokens_per_width: float) -> bool:
+        """Whether the gate does."""
+        least = FOLDING_TOKENS_PER_INPUT * (self.gated_inputs or math.inf)
+        return tokens_per_width >= least
 
 
-def kept_tensors(model: str, checkpointing: str, *, mlp_ratio: float = 4.0) -> float:
+def kept_tensors(
+    model: str, checkpointing: str, *, tokens_per_width: float, mlp_ratio: float = 4.0
+) -> float:
     """Tensors of tokens that a block keeps from its forward for its backward; a policy that
-    computes whole blocks again keeps their inputs. Raises ValueError for an unknown model."""
-    branches = _branches(model, mlp_ratio)
+    computes whole blocks again keeps their inputs. tokens_per_width: tokens of a sample on one
+    process over the hidden size. Raises ValueError for an unknown model."""
+    branches = [b.with_folded_gate(tokens_per_width) for b in _branches(model, mlp_ratio)]
     match checkpointing:
         case "none":
             return sum(branch.kept for branch in branches)
@@ -126,6 +147,8 @@ def peak_memory(
         attention to text    3       x, q, attended
         MLP                  3 + 2r  x, normalized x, inner before and after GELU, projected
 
+    where a gate goes into the weights of its layer, one less ("projected"), and a weight a sample.
+
     "selective" computes normalized tokens and the GELU again: one less a norm, r less for the MLP.
     "full" keeps a block's input, and one block as "none" does; "nested" keeps a block's input and,
     of one block, the inputs of its branches, with pieces "pointwise" what its self-attention keeps
@@ -133,8 +156,9 @@ def peak_memory(
     the end "selective" keeps what it does; they are done with when the first checkpointed one is
     computed again.
 
-    The MLP's backward, which begins a block's, adds two gradients of the inner tensor and two of
-    the stream: 2r + 2, and r more where the GELU is computed again. Nested, it is that of a piece,
+    The MLP's backward, which begins a block's, adds one gradient of the inner tensor and four
+    others: r + 4, and 2r - 2 more where the GELU is computed again, which takes two of them while
+    there are but two others; one less with the gate in the weights. Nested, it is that of a piece,
     its forward included, beside the two of the stream. With sp a nested block may hold more when it
     is computed again and its stream comes back from the temporal branch: three buffers, the stream
     that went there, and one gradient, but no inputs of branches behind. Full attention is one piece
@@ -148,10 +172,14 @@ def peak_memory(
     latent_values are those of the micro-batch. shards are the processes that share one copy of the
     weights. Raises ValueError for an unknown model, policy or objective.
     """
-    branches = _branches(model, mlp_ratio)
     rows = grid.total if has_full_attention(model) else grid.time
-    tokens = micro_batch * -(-rows // sp) * (grid.total // rows)
+    tokens_of_sample = -(-rows // sp) * (grid.total // rows)
+    tokens_per_width = tokens_of_sample / hidden_size if hidden_size else 0
+    tokens = micro_batch * tokens_of_sample
     tensor = tokens * hidden_size * bytes_per_value
+    unfolded = _branches(model, mlp_ratio)
+    branches = [branch.with_folded_gate(tokens_per_width) for branch in unfolded]
+    of_samples = [b.gated_inputs or 0 for b in unfolded if b.folds(tokens_per_width)]
 
     def rows_of(some: list[_Branch]) -> float:
         return (
@@ -160,11 +188,13 @@ def peak_memory(
 
     text = micro_batch * text_tokens * 2 * hidden_size * bytes_per_value
     text = text if any(branch.kept == 3 for branch in branches) else 0
-    beside = rows_of(branches) + text
-    own = kept_tensors(model, "none", mlp_ratio=mlp_ratio) * tensor + beside  # of one block
-    selective = kept_tensors(model, "selective", mlp_ratio=mlp_ratio) * tensor + beside
-    backward = (_GRADIENTS + 2 * mlp_ratio) * tensor
-    selective_backward = backward + mlp_ratio * tensor
+    weights_of_samples = micro_batch * sum(of_samples) * hidden_size**2 * bytes_per_value
+    beside = rows_of(branches) + text + weights_of_samples
+    own = sum(b.kept for b in branches) * tensor + beside  # of one block
+    selective = own - sum(b.again for b in branches) * tensor
+    projected = 0 if branches[-1] != unfolded[-1] else 1
+    backward = (mlp_ratio + 3 + projected) * tensor
+    selective_backward = (3 * mlp_ratio + 1 + projected) * tensor
     checkpointed = depth - kept_blocks
     inputs = min(_OFFLOADED_INPUTS, checkpointed) if offload else checkpointed
     other_inputs = (inputs - 1) * tensor  # than that of the block computed again
@@ -234,7 +264,7 @@ def _nested_working(
 ) -> float:
     """Tensors of tokens that a nested block holds beside what it keeps, a piece being such a share
     of them: in its MLP's backward or about its last attention."""
-    in_mlp = _GRADIENTS + share * (branches[-1].kept + 1 + 2 * mlp_ratio)
+    in_mlp = _GRADIENTS + share * (branches[-1].kept + 2 + mlp_ratio)
     # Inputs of branches behind it are done with in its backward, and not there before.
     behind = next(n for n, branch in enumerate(reversed(branches)) if branch.is_attention)
     attention = branches[-1 - behind]
@@ -244,16 +274,22 @@ def _nested_working(
     elif attention in in_pieces:
         # All of it at once: forward, a gradient before and three behind, and q, k and v twice more
         # where they are exchanged.
-        in_attention = attention.kept + 1 + 3 + (6 if sp > 1 else 0)
+        in_attention = 7 + 1 + 3 + (6 if sp > 1 else 0)
     else:
         in_attention = 0
     return max(in_mlp, in_attention - behind)
 
 
 def _branches(model: str, mlp_ratio: float) -> list[_Branch]:
-    mlp = _Branch(kept=3 + 2 * mlp_ratio, again=1 + mlp_ratio, norms=1, is_attention=False)
-    spatial = _Branch(kept=7, again=1, log_sums=1, norms=1)
-    full = _Branch(kept=7, again=1, log_sums=1, norms=1, is_cut=False)
+    mlp = _Branch(
+        kept=3 + 2 * mlp_ratio,
+        again=1 + mlp_ratio,
+        norms=1,
+        is_attention=False,
+        gated_inputs=mlp_ratio,
+    )
+    spatial = _Branch(kept=7, again=1, log_sums=1, norms=1, gated_inputs=1)
+    full = replace(spatial, is_cut=False)
     text = _Branch(kept=3, log_sums=1, is_attention=False)
     match model:
         case "dit":
@@ -263,9 +299,9 @@ def _branches(model: str, mlp_ratio: float) -> list[_Branch]:
         case "pixart":
             return [full, text, mlp]
         case "stdit":
-            return [spatial, _Branch(kept=6), text, mlp]
+            return [spatial, _Branch(kept=6, gated_inputs=1), text, mlp]
         case "stdit2":
-            normalized = _Branch(kept=10, again=1, log_sums=1, norms=1)
+            normalized = _Branch(kept=10, again=1, log_sums=1, norms=1, gated_inputs=1)
             return [normalized, normalized, text, mlp]
         case _:
             raise ValueError(
