@@ -1,8 +1,10 @@
 """Self-attention through FlashAttention-4: the package `flash-attn-4`, imported only in this file.
 
-Its gradient of q is wrong for heads of 72 and 80, without a warning, so for the backward heads are
-padded with zeros to a size at which it is right. Zeros change no score, and what comes of them is
-cut off again. The forward is right at these sizes, too, and takes heads as they are.
+On Hopper its gradient of q is wrong for heads of 72 and 80, without a warning. One kernel sums it
+in tiles as wide as the head rounded up to 16 values, and the next reads them as if rounded up to
+32. Here both round up to 32 (`_widen_tiles`). What lies beyond a head is read as zeros, which
+change no score, and never written, so no tensor is padded. Where that cannot be done, heads are
+padded in memory for the backward, to a size at which it is right.
 
 Letters: B batch, N tokens, L keys where they are not the queries' tokens, A heads, E size per head,
 P padded size per head.
@@ -21,23 +23,35 @@ from torch import Tensor
 from longtake.ops.operation import operation, register_autograd, register_fake
 from longtake.ops.resize_heads import resize_heads
 
-# Checked against explicit softmax in float64, forward and backward, on an H200 with 4.0.0b12.
+# Checked against explicit softmax in float64, forward and backward, on an H200 with 4.0.0b12: those
+# at which all is right, and those at which it is once the tiles of its backward are wide enough.
 RIGHT_HEAD_SIZES = (64, 96, 128)
-RIGHT_FORWARD_HEAD_SIZES = (64, 72, 80, 88, 96, 128)
+RIGHT_HEAD_SIZES_OF_WIDE_TILES = (64, 72, 80, 88, 96, 128)
 MIN_CAPABILITY = (9, 0)
 PACKAGE = "flash-attn-4==4.0.0b12"
 
 
-def padded_head_size(head_size: int, *, is_forward: bool = False) -> int:
+def padded_head_size(head_size: int, *, has_wide_tiles: bool = False) -> int:
     """The smallest head size not below this one at which the kernels are right.
 
     Raises:
         ValueError: there is none.
     """
-    for size in RIGHT_FORWARD_HEAD_SIZES if is_forward else RIGHT_HEAD_SIZES:
+    for size in RIGHT_HEAD_SIZES_OF_WIDE_TILES if has_wide_tiles else RIGHT_HEAD_SIZES:
         if head_size <= size:
             return size
     raise ValueError(f"FlashAttention-4 takes heads up to {RIGHT_HEAD_SIZES[-1]}, not {head_size}")
+
+
+def _size_for(x: Tensor, *, is_forward: bool = False) -> int:
+    """The size that heads of x are given to the kernels with. The forward is right anyway."""
+    is_wide = is_forward or (_is_hopper(x.device) and _has_wide_tiles(_package()))
+    return padded_head_size(x.shape[-1], has_wide_tiles=is_wide)
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 # Tracing takes its answer as a constant: a compiled graph is for one device, dtype and head size.
@@ -72,14 +86,54 @@ def _package() -> ModuleType:
         raise ImportError(
             f"FlashAttention-4 cannot be imported ({error}): pip install --pre {PACKAGE}"
         ) from error
+    _widen_tiles(interface)
     return interface
+
+
+def _widen_tiles(interface: Any) -> None:
+    """Rounds the tiles of its backward on Hopper up to 32 values a head, as the kernels before and
+    behind take them to be. In this process its own functions are right at 72 then, too.
+
+    Of the version named here; in one that lacks what is changed, nothing is.
+    """
+    try:
+        from flash_attn.cute.cache_utils import JITCache
+    except ImportError:
+        return
+    original = getattr(interface, "FlashAttentionBackwardSm90", None)
+    if original is None:
+        return
+
+    class WideTiles(original):
+        def __init__(
+            self,
+            dtype: Any,
+            head_dim: int,
+            head_dim_v: int | None = None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> None:
+            super().__init__(dtype, head_dim, head_dim_v, *args, **kwargs)
+            self.tile_hdim, self.tile_hdimv = (
+                -(-size // 32) * 32 for size in (self.tile_hdim, self.tile_hdimv)
+            )
+            self.check_hdim_oob = head_dim != self.tile_hdim
+            self.check_hdim_v_oob = (head_dim_v or head_dim) != self.tile_hdimv
+
+    interface.FlashAttentionBackwardSm90 = WideTiles
+    # Not one that others, with the tiles as they were, may have filled on disk.
+    interface._flash_attn_bwd.compile_cache = JITCache()
+
+
+def _has_wide_tiles(interface: ModuleType) -> bool:
+    return getattr(interface.FlashAttentionBackwardSm90, "__name__", None) == "WideTiles"
 
 
 def fa4_attend(q_BNAE: Tensor, k_BLAE: Tensor, v_BLAE: Tensor) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(E)) v, (B, N, A, E) and contiguous, and the log-sum-exp of each row of
     scores, (B, A, N) float32. No gradient flows through it."""
     head_size = q_BNAE.shape[-1]
-    size = padded_head_size(head_size, is_forward=True)
+    size = _size_for(q_BNAE, is_forward=True)
     q_BNAP, k_BLAP, v_BLAP = (resize_heads(x, size) for x in (q_BNAE, k_BLAE, v_BLAE))
     return _attend(q_BNAP, k_BLAP, v_BLAP, head_size=head_size)
 
@@ -94,8 +148,7 @@ def fa4_attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v. With out and log-sum-exp over more keys than these, what these
     keys contribute to it."""
-    head_size = q_BNAE.shape[-1]
-    size = padded_head_size(head_size)
+    head_size, size = q_BNAE.shape[-1], _size_for(q_BNAE)
     inputs = [resize_heads(x, size) for x in (q_BNAE, k_BLAE, v_BLAE)]
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
     _attend_backward(dout_BNAE, inputs, out_BNAE, logsumexp_BAN, gradients=[dq, dk, dv])
@@ -146,7 +199,7 @@ def _fa4_attention(
 ) -> tuple[Tensor, Tensor]:
     """out (B, N, A, E) and, for the backward, the log-sum-exp of each row of scores (B, A, N)."""
     head_size = qkv_BN3AE.shape[-1]
-    qkv_BN3AP = resize_heads(qkv_BN3AE, padded_head_size(head_size, is_forward=True))
+    qkv_BN3AP = resize_heads(qkv_BN3AE, _size_for(qkv_BN3AE, is_forward=True))
     return _attend(*qkv_BN3AP.unbind(2), head_size=head_size)
 
 
@@ -168,8 +221,8 @@ def _fa4_attention_backward(
 ) -> Tensor:
     """The gradient of qkv, (B, N, 3, A, E) and contiguous."""
     head_size = qkv_BN3AE.shape[-1]
-    # Padded again, since keeping the padded product from the forward would take a third more.
-    qkv_BN3AP = resize_heads(qkv_BN3AE, padded_head_size(head_size))
+    # Padded here, if at all: keeping the padded product from the forward would take a third more.
+    qkv_BN3AP = resize_heads(qkv_BN3AE, _size_for(qkv_BN3AE))
     dqkv_BN3AP = torch.empty_like(qkv_BN3AP, memory_format=torch.contiguous_format)
     _attend_backward(
         grad_out_BNAE,

@@ -15,7 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longtake.ops import cudnn_attention, fa4_attention, kernels
 from longtake.ops.attention import backend_problem, self_attention
-from longtake.ops.fa4_attention import RIGHT_FORWARD_HEAD_SIZES, RIGHT_HEAD_SIZES, padded_head_size
+from longtake.ops.fa4_attention import (
+    RIGHT_HEAD_SIZES,
+    RIGHT_HEAD_SIZES_OF_WIDE_TILES,
+    padded_head_size,
+)
 from longtake.ops.kernels import KernelConfig, kernels_as
 from longtake.ops.partial_attention import (
     accumulation_dtype,
@@ -135,7 +139,7 @@ def aten_backward(
 
 
 def fa4_forward(q, k, v, *, softmax_scale, return_lse):
-    assert q.shape[-1] in RIGHT_FORWARD_HEAD_SIZES
+    assert q.shape[-1] in RIGHT_HEAD_SIZES_OF_WIDE_TILES
     assert return_lse
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out, lse = explicit_forward(q, k, v, softmax_scale)
@@ -288,6 +292,34 @@ def test_heads_are_padded_to_a_size_that_is_right():
     }
     with pytest.raises(ValueError, match="takes heads up to 128, not 136"):
         padded_head_size(136)
+
+
+def test_tiles_of_the_backward_are_as_wide_as_its_other_kernels_take_them_to_be(monkeypatch):
+    class Backward:
+        def __init__(self, dtype, head_dim, head_dim_v=None, *, tile_m=64):
+            sizes = head_dim, head_dim_v or head_dim
+            self.tile_hdim, self.tile_hdimv = (-(-size // 16) * 16 for size in sizes)
+            self.tile_m = tile_m
+            self.check_hdim_oob = self.check_hdim_v_oob = None
+
+    def backward():
+        pass
+
+    backward.compile_cache = {"as it was": None}
+    package = ModuleType("flash_attn.cute.cache_utils")
+    package.JITCache = dict
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.cache_utils", package)
+    interface = SimpleNamespace(FlashAttentionBackwardSm90=Backward, _flash_attn_bwd=backward)
+    fa4_attention._widen_tiles(interface)
+    assert fa4_attention._has_wide_tiles(interface)
+    assert backward.compile_cache == {}
+    for head_size, width in ((64, 64), (72, 96), (80, 96), (96, 96), (128, 128)):
+        made = interface.FlashAttentionBackwardSm90("dtype", head_size, tile_m=80)
+        assert (made.tile_hdim, made.tile_hdimv, made.tile_m) == (width, width, 80)
+        assert made.check_hdim_oob == made.check_hdim_v_oob == (width != head_size)
+        assert padded_head_size(head_size, has_wide_tiles=True) == head_size
 
 
 # The choice.
