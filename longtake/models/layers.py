@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.ops.attention import self_attention
+from longtake.ops.bias_gradient import attend_with_bias, with_bias_gradient
 from longtake.ops.carried_linear import carried_linear
 from longtake.ops.gated_linear import gated_linear
 from longtake.ops.gated_mlp import gated_mlp
@@ -73,15 +74,17 @@ class SelfAttention(nn.Module):
     def forward(
         self, x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, gate_B1D: Tensor
     ) -> Tensor:
-        weights = self.qkv.weight, self.qkv.bias
+        weights = self.qkv.weight, self.qkv.bias.detach()
         x_BND, qkv = modulated_linear(
             x_BND, shift_B1D, scale_B1D, *weights, recompute=self.recompute
         )
         return self.add(x_BND, gate_B1D, self.attend(qkv))
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """Attention of a product (..., 3 D), (..., D)."""
-        return self.core(qkv.unflatten(-1, (3, self.num_heads, -1))).flatten(-2)
+        """Attention of the product (..., 3 D), (..., D); `qkv.bias` gets its gradient here."""
+        heads = (3, self.num_heads, -1)
+        bias_3AE = self.qkv.bias.unflatten(0, heads)
+        return attend_with_bias(self.core, qkv.unflatten(-1, heads), bias_3AE).flatten(-2)
 
     def add(self, x_BND: Tensor, gate_B1D: Tensor, attended_BND: Tensor) -> Tensor:
         """The stream with what was attended to, projected and gated."""
@@ -114,6 +117,7 @@ class NormalizedSelfAttention(SelfAttention):
         self.time_scale = time_scale
 
     def attend(self, qkv: Tensor) -> Tensor:
+        qkv = with_bias_gradient(qkv, self.qkv.bias)
         qkv_BTS3AE = qkv.unflatten(-1, (3, self.num_heads, -1))
         sin_TF = cos_TF = None
         if self.time_scale is not None:

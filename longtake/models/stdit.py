@@ -48,7 +48,7 @@ class TemporalBranch(SelfAttention):
         self.add_positions = add_positions
 
     def forward(self, x_BTSD: Tensor, gate_B11D: Tensor) -> Tensor:
-        weights = self.qkv.weight, self.qkv.bias
+        weights = self.qkv.weight, self.qkv.bias.detach()
         if self.add_positions:
             time_TD = temporal_positions(x_BTSD.shape[1], self.config, x_BTSD.device)
             _, qkv = carried_linear(x_BTSD + time_TD[:, None].to(x_BTSD.dtype), *weights)

@@ -50,12 +50,16 @@ class _CarriedLinear(torch.autograd.Function):
             _add_product(dx_MD, dy_MO, weight_OD)
         else:
             dx_MD = torch.addmm(dx_MD, dy_MO, weight_OD)
-        dbias_O = column_sum(dy_MO).to(weight_OD.dtype)
+        needs_bias = ctx.needs_input_grad[2]
+        dbias_O = column_sum(dy_MO).to(weight_OD.dtype) if needs_bias else None
         return dx_MD.view_as(x_BND), weight_gradient(dy_MO, x_MD), dbias_O
 
 
 def carried_linear(x_BND: Tensor, weight_OD: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
-    """(x, x W^T + b); go on with the x returned. Tokens may have any number of dimensions."""
+    """(x, x W^T + b); go on with the x returned. Tokens may have any number of dimensions.
+
+    A bias that is detached costs no sum, see `longtake.ops.bias_gradient`.
+    """
     if not picks_triton(x_BND):
         return carried_linear_reference(x_BND, weight_OD, bias_O)
     return _CarriedLinear.apply(x_BND, weight_OD, bias_O)

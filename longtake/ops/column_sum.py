@@ -13,7 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longtake.ops.elementwise import deal_rows, picks_triton, require_kernel_dtype
+from longtake.ops.elementwise import (
+    contiguous_rows,
+    deal_rows,
+    picks_triton,
+    require_kernel_dtype,
+)
 from longtake.ops.launch import launch
 from longtake.ops.operation import operation, register_fake
 from longtake.ops.triton_language import tl, triton
@@ -44,10 +49,11 @@ def block_of_columns(width: int) -> int:
 
 @triton.jit
 def _column_sum_kernel(
-    x_ptr,  # (N, F), contiguous
+    x_ptr,  # (N, F), each row contiguous
     partials_ptr,  # (P, F) fp32
     N,
     F,
+    stride_N,
     rows_per_program,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -61,7 +67,7 @@ def _column_sum_kernel(
     for start in range(first, tl.minimum(first + rows_per_program, N), ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < N)[:, None] & (column < F)[None, :]
-        pointers = x_ptr + row.to(tl.int64)[:, None] * F + column[None, :]
+        pointers = x_ptr + row.to(tl.int64)[:, None] * stride_N + column[None, :]
         total += tl.sum(tl.load(pointers, mask=mask, other=0.0).to(tl.float32), axis=0)
     tl.store(partials_ptr + chunk.to(tl.int64) * F + column, total, mask=column < F)
 
@@ -135,7 +141,7 @@ def _sum_groups(partials: Tensor, sums_GF: Tensor, num_first: int, num_other: in
 @operation("longtake::column_sum")
 def _column_sum(x_NF: Tensor) -> Tensor:
     require_kernel_dtype(x=x_NF)
-    x_NF = x_NF.contiguous()
+    x_NF = contiguous_rows(x_NF)
     num_rows, width = x_NF.shape
     columns = block_of_columns(width)
     num_warps = columns // 256 or 1
@@ -150,6 +156,7 @@ def _column_sum(x_NF: Tensor) -> Tensor:
         partials_PF,
         num_rows,
         width,
+        x_NF.stride(0),
         rows,
         ROWS=TILE_ROWS,
         COLUMNS=columns,
@@ -166,6 +173,6 @@ def _(x_NF: Tensor) -> Tensor:
 def column_sum(x_NF: Tensor) -> Tensor:
     """The sum over rows, float32 (F,), summed in float32. Not differentiable.
 
-    An x that is not contiguous is copied.
+    Rows may lie apart; if they are not contiguous themselves, x is copied.
     """
     return _column_sum(x_NF) if picks_triton(x_NF) else column_sum_reference(x_NF)

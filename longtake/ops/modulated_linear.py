@@ -65,7 +65,8 @@ class _ModulatedLinear(torch.autograd.Function):
         )
         h_BND = h_BND if kept_BND is None else kept_BND
         dweight_OD = weight_gradient(dy_MO, h_BND.flatten(0, -2))
-        dbias_O = column_sum(dy_MO).to(weight_OD.dtype)
+        needs_bias = ctx.needs_input_grad[4]
+        dbias_O = column_sum(dy_MO).to(weight_OD.dtype) if needs_bias else None
         dshift_BD, dscale_BD = dshift_BD.to(shift_BD.dtype), dscale_BD.to(scale_BD.dtype)
         return dx_BND, dshift_BD, dscale_BD, dweight_OD, dbias_O, None, None
 
@@ -83,7 +84,8 @@ def modulated_linear(
     """(x, (LayerNorm(x) * (1 + scale) + shift) W^T + b); go on with the x returned.
 
     Tokens may have any number of dimensions (x_BTSD with shift_B11D); there is one row of shift and
-    scale per sample. Without `recompute` the normalized tokens are kept for the backward.
+    scale per sample. Without `recompute` the normalized tokens are kept for the backward. A bias
+    that is detached costs no sum, see `longtake.ops.bias_gradient`.
 
     Raises ValueError if there is not.
     """

@@ -347,6 +347,12 @@ _ELEMENTWISE = {
     "gated_residual": _elementwise("gated_residual", _draw_for(x="BND", gate="B1D", y="BND")),
     "gelu": _elementwise("gelu", _draw_for(x="NF")),
     "column_sum": _elementwise("column_sum", _draw_for(x="NF"), is_differentiable=False),
+    "resize_heads": _elementwise(
+        "resize_heads",
+        _draw_for(x="BND"),
+        adapt=lambda function: lambda x: function(x, x.shape[-1] + 24),
+        is_differentiable=False,
+    ),
     "modulated_linear": _elementwise(
         "modulated_linear",
         _draw_for(x="BND", **_ROWS, weight="DD", bias="D"),

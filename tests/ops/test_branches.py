@@ -144,6 +144,24 @@ def test_recomputing_it_gives_the_same_gradients(name: str):
         assert gradient.equal(expected[key]), key
 
 
+@pytest.mark.parametrize("name", ["carried_linear", "modulated_linear"])
+def test_detached_bias_costs_no_sum_and_leaves_the_rest(name: str, monkeypatch):
+    inputs = _inputs(name, torch.float32, (T, S))
+    with kernels_as(FUSED):
+        expected = _run(name, inputs)
+        function = OPERATIONS[name][0]
+        monkeypatch.delitem(function.__globals__, "column_sum")
+        inputs["bias"] = inputs["bias"].detach()
+        learned = {key: x for key, x in inputs.items() if key != "bias"}
+        for run in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+            outputs = run(*inputs.values())
+            generator = torch.Generator().manual_seed(1)
+            incoming = [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
+            gradients = torch.autograd.grad(outputs, tuple(learned.values()), incoming)
+            for key, gradient in zip(learned, gradients, strict=True):
+                torch.testing.assert_close(gradient, expected[key], rtol=1e-6, atol=1e-6, msg=key)
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_stream_that_nobody_else_reads_has_a_gradient(name: str):
     inputs = _inputs(name, torch.float32, (T, S))
