@@ -9,6 +9,8 @@ from torch._subclasses import FakeTensorMode
 
 from longtake.ops.operation import operation, register_autograd, register_fake
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 @operation("longtake_test::scaled")
 def scaled(x: Tensor, factor: float) -> Tensor:
@@ -110,4 +112,4 @@ def test_a_module_may_be_imported_twice():
     before = gelu._forward
     importlib.reload(gelu)
     assert gelu._forward is torch.ops.longtake.gelu_forward.default is not before
-    torch.library.opcheck(gelu._forward, (torch.randn(4, 8),))
+    torch.library.opcheck(gelu._forward, (torch.randn(4, 8, device=DEVICE),))
