@@ -9,7 +9,6 @@ Letters as in the models: D hidden size, T patches in time, S patches per frame,
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from longtake.planning.tokens import TokenGrid, has_full_attention
@@ -29,8 +28,8 @@ _LATENTS_OF_STEP = 1.5
 # Inputs of blocks on the device where they are offloaded: the one computed again with, and the one
 # that has not left or comes back.
 _OFFLOADED_INPUTS = 2
-# A sample of so many tokens per input of a branch's last layer has its gate in the layer's weights
-# (longtake.ops.gated_product), and the layer's output is not kept.
+# A sample of so many tokens per input of attention's output layer has the gate in the layer's
+# weights (longtake.ops.gated_product), and the layer's output is not kept.
 FOLDING_TOKENS_PER_INPUT = 2
 # Gradients of the stream: the one that came to a branch, and the one that it gives.
 _GRADIENTS = 2
@@ -80,20 +79,15 @@ class _Branch:
     """Whether it can run in pieces."""
     is_attention: bool = True
     """Whether its tokens see each other."""
-    gated_inputs: float | None = None
-    """Of its last layer, in hidden sizes, if a gate multiplies what that layer makes."""
 
     def with_folded_gate(self, tokens_per_width: float) -> _Branch:
         """The same where the gate goes into the weights, for samples of so many tokens in hidden
         sizes."""
-        if not self.folds(tokens_per_width):
-            return self
-        return replace(self, kept=self.kept - 1)
+        return replace(self, kept=self.kept - 1) if self.folds(tokens_per_width) else self
 
     def folds(self, tokens_per_width: float) -> bool:
         """Whether the gate does."""
-        least = FOLDING_TOKENS_PER_INPUT * (self.gated_inputs or math.inf)
-        return tokens_per_width >= least
+        return self.is_attention and tokens_per_width >= FOLDING_TOKENS_PER_INPUT
 
 
 def kept_tensors(
@@ -147,7 +141,7 @@ def peak_memory(
         attention to text    3       x, q, attended
         MLP                  3 + 2r  x, normalized x, inner before and after GELU, projected
 
-    where a gate goes into the weights of its layer, one less ("projected"), and a weight a sample.
+    where attention's gate goes into weights, one less ("projected"), and a weight a sample.
 
     "selective" computes normalized tokens and the GELU again: one less a norm, r less for the MLP.
     "full" keeps a block's input, and one block as "none" does; "nested" keeps a block's input and,
@@ -157,8 +151,7 @@ def peak_memory(
     computed again.
 
     The MLP's backward, which begins a block's, adds one gradient of the inner tensor and four
-    others: r + 4, and 2r - 2 more where the GELU is computed again, which takes two of them while
-    there are but two others; one less with the gate in the weights. Nested, it is that of a piece,
+    others: r + 4; 3r + 2 where the GELU is computed again. Nested, it is that of a piece,
     its forward included, beside the two of the stream. With sp a nested block may hold more when it
     is computed again and its stream comes back from the temporal branch: three buffers, the stream
     that went there, and one gradient, but no inputs of branches behind. Full attention is one piece
@@ -177,9 +170,8 @@ def peak_memory(
     tokens_per_width = tokens_of_sample / hidden_size if hidden_size else 0
     tokens = micro_batch * tokens_of_sample
     tensor = tokens * hidden_size * bytes_per_value
-    unfolded = _branches(model, mlp_ratio)
-    branches = [branch.with_folded_gate(tokens_per_width) for branch in unfolded]
-    of_samples = [b.gated_inputs or 0 for b in unfolded if b.folds(tokens_per_width)]
+    branches = [b.with_folded_gate(tokens_per_width) for b in _branches(model, mlp_ratio)]
+    folded = sum(branch.folds(tokens_per_width) for branch in branches)
 
     def rows_of(some: list[_Branch]) -> float:
         return (
@@ -188,13 +180,12 @@ def peak_memory(
 
     text = micro_batch * text_tokens * 2 * hidden_size * bytes_per_value
     text = text if any(branch.kept == 3 for branch in branches) else 0
-    weights_of_samples = micro_batch * sum(of_samples) * hidden_size**2 * bytes_per_value
+    weights_of_samples = micro_batch * folded * hidden_size**2 * bytes_per_value
     beside = rows_of(branches) + text + weights_of_samples
     own = sum(b.kept for b in branches) * tensor + beside  # of one block
     selective = own - sum(b.again for b in branches) * tensor
-    projected = 0 if branches[-1] != unfolded[-1] else 1
-    backward = (mlp_ratio + 3 + projected) * tensor
-    selective_backward = (3 * mlp_ratio + 1 + projected) * tensor
+    backward = (mlp_ratio + 4) * tensor
+    selective_backward = (3 * mlp_ratio + 2) * tensor
     checkpointed = depth - kept_blocks
     inputs = min(_OFFLOADED_INPUTS, checkpointed) if offload else checkpointed
     other_inputs = (inputs - 1) * tensor  # than that of the block computed again
@@ -281,14 +272,8 @@ def _nested_working(
 
 
 def _branches(model: str, mlp_ratio: float) -> list[_Branch]:
-    mlp = _Branch(
-        kept=3 + 2 * mlp_ratio,
-        again=1 + mlp_ratio,
-        norms=1,
-        is_attention=False,
-        gated_inputs=mlp_ratio,
-    )
-    spatial = _Branch(kept=7, again=1, log_sums=1, norms=1, gated_inputs=1)
+    mlp = _Branch(kept=3 + 2 * mlp_ratio, again=1 + mlp_ratio, norms=1, is_attention=False)
+    spatial = _Branch(kept=7, again=1, log_sums=1, norms=1)
     full = replace(spatial, is_cut=False)
     text = _Branch(kept=3, log_sums=1, is_attention=False)
     match model:
@@ -299,9 +284,9 @@ def _branches(model: str, mlp_ratio: float) -> list[_Branch]:
         case "pixart":
             return [full, text, mlp]
         case "stdit":
-            return [spatial, _Branch(kept=6, gated_inputs=1), text, mlp]
+            return [spatial, _Branch(kept=6), text, mlp]
         case "stdit2":
-            normalized = _Branch(kept=10, again=1, log_sums=1, norms=1, gated_inputs=1)
+            normalized = _Branch(kept=10, again=1, log_sums=1, norms=1)
             return [normalized, normalized, text, mlp]
         case _:
             raise ValueError(

