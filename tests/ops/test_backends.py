@@ -453,13 +453,14 @@ def test_values_in_parts_on_a_gpu(name, head_size, lengths, dtype):
         pytest.skip(problem)
     qkv = draw_qkv(2, sum(lengths), 3, 4, head_size, dtype=dtype, device="cuda")
     weight = draw_qkv(2, sum(lengths), 4, head_size, dtype=dtype, device="cuda")
-    assert_as_exact(in_parts(name, qkv, weight, list(lengths)), qkv, weight)
+    # The gradient of q is a sum over parts, each of them rounded.
+    assert_as_exact(in_parts(name, qkv, weight, list(lengths)), qkv, weight, times=4)
 
 
-def assert_as_exact(result, qkv, weight):
-    """As near to float64 as twice the error of explicit scores in the dtype of qkv."""
+def assert_as_exact(result, qkv, weight, *, times=2):
+    """As near to float64 as so many times the error of explicit scores in the dtype of qkv."""
     plain = with_gradient(by_reference, qkv, weight)
     exact = with_gradient(by_reference, qkv.double(), weight.double())
     for tensor, ours, theirs, right in zip(("out", "dqkv"), result, plain, exact, strict=True):
-        error, allowed = (ours - right).abs().max(), 2 * (theirs - right).abs().max()
+        error, allowed = (ours - right).abs().max(), times * (theirs - right).abs().max()
         assert error <= allowed + 1e-3 * right.abs().max(), tensor
