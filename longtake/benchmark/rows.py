@@ -407,7 +407,7 @@ _ROWS = (
         "stdit-360x512-dp2",
         sp=2,
         micro_batch=1,
-        policies=(Policy("full", kept_blocks=11), Policy("full")),
+        policies=(Policy("full", kept_blocks=13), Policy("full", kept_blocks=11), Policy("full")),
         printed=(_printed("STDiT (GC, sp=2) 360x512", 0.10, _PER_PAIR),),
         known=(_known("Open-Sora 1.0's sequence parallelism on 2 GPUs, checkpointing", 0.102),),
     ),
