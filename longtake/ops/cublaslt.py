@@ -32,10 +32,17 @@ _DESC_TRANSA, _DESC_EPILOGUE = 3, 7
 _DESC_BIAS_POINTER, _DESC_BIAS_BATCH_STRIDE = 8, 10
 _DESC_AUX_POINTER, _DESC_AUX_LD, _DESC_AUX_BATCH_STRIDE = 11, 12, 13
 _LAYOUT_BATCH_COUNT, _LAYOUT_BATCH_STRIDE = 5, 6
-_PREFERENCE_WORKSPACE, _PREFERENCE_ALIGNMENTS = 1, (5, 6, 7, 8)
+_PREFERENCE_WORKSPACE, _PREFERENCE_REDUCTION, _PREFERENCE_ALIGNMENTS = 1, 3, (5, 6, 7, 8)
+# Parts of a sum are added in place or in float32, never in the dtype of the result.
+_REDUCTION_IN_FLOAT32 = 3
+_NOT_SUPPORTED, _OUT_OF_MEMORY = 15, 3
 _WORKSPACE_BYTES = 32 << 20
 # What an allocation of PyTorch is aligned to at least, and as much as cuBLASLt asks about.
 _ALIGNMENT = 256
+
+
+class NoKernelError(RuntimeError):
+    """cuBLASLt does not support what it was asked for."""
 
 
 class Epilogue(IntEnum):
@@ -78,10 +85,12 @@ class _Heuristic(ctypes.Structure):
 
 
 def runs_cublaslt(*operands: Tensor) -> bool:
-    """Whether `product` takes these: half precision on a GPU since Ampere, rows of a multiple of 16
-    bytes."""
+    """Whether `product` takes these: of one half precision on one GPU since Ampere, with rows of a
+    multiple of 16 bytes."""
     return (
-        all(x.device.type == "cuda" and x.dtype in _TYPES for x in operands)
+        len({(x.dtype, x.device) for x in operands}) == 1
+        and operands[0].is_cuda
+        and operands[0].dtype in _TYPES
         and all(x.shape[-1] % 8 == 0 and x.numel() > 0 for x in operands)
         and torch.cuda.get_device_capability(operands[0].device) >= (8, 0)
         and _library() is not None
@@ -176,7 +185,8 @@ class _Plan:
         """The kernel that cuBLASLt itself holds for the best."""
         preference = _made("cublasLtMatmulPreferenceCreate")
         wishes: list[tuple[int, ctypes._SimpleCData]] = [
-            (_PREFERENCE_WORKSPACE, ctypes.c_uint64(_WORKSPACE_BYTES))
+            (_PREFERENCE_WORKSPACE, ctypes.c_uint64(_WORKSPACE_BYTES)),
+            (_PREFERENCE_REDUCTION, ctypes.c_uint32(_REDUCTION_IN_FLOAT32)),
         ]
         wishes += [(x, ctypes.c_uint32(problem.alignment)) for x in _PREFERENCE_ALIGNMENTS]
         for attribute, value in wishes:
@@ -203,7 +213,7 @@ class _Plan:
         )
         _call("cublasLtMatmulPreferenceDestroy", preference)
         if count.value == 0 or found.state != 0:
-            raise RuntimeError(f"cuBLASLt has no kernel for {problem} (status {found.state})")
+            raise NoKernelError(f"cuBLASLt has no kernel for {problem} (status {found.state})")
         return found.algorithm
 
     def run(
@@ -251,7 +261,7 @@ def _plan(problem: _Problem) -> _Plan | None:
     try:
         with torch.cuda.device(problem.device):
             return _Plan(problem)
-    except RuntimeError as error:
+    except NoKernelError as error:
         logger.warning("%s: it is computed in separate steps instead", error)
         return None
 
@@ -295,8 +305,12 @@ def _made(create: str, *arguments: object) -> ctypes.c_void_p:
 
 def _call(name: str, *arguments: object) -> None:
     status = getattr(_library(), name)(*arguments)
-    if status != 0:
-        raise RuntimeError(f"{name} failed with cuBLAS status {status}")
+    if status == 0:
+        return
+    if status == _OUT_OF_MEMORY:
+        raise torch.OutOfMemoryError(f"CUDA out of memory in {name}")
+    kind = NoKernelError if status == _NOT_SUPPORTED else RuntimeError
+    raise kind(f"{name} failed with cuBLAS status {status}")
 
 
 @functools.cache

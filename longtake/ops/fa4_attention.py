@@ -44,8 +44,9 @@ def padded_head_size(head_size: int, *, has_wide_tiles: bool = False) -> int:
 
 
 def _size_for(x: Tensor, *, is_forward: bool = False) -> int:
-    """The size that heads of x are given to the kernels with. The forward is right anyway."""
-    is_wide = is_forward or (_is_hopper(x.device) and _has_wide_tiles(_package()))
+    """The size that heads of x are given to the kernels with. On Hopper the forward is right with
+    tiles as they are, too."""
+    is_wide = _is_hopper(x.device) and (is_forward or _has_wide_tiles(_package()))
     return padded_head_size(x.shape[-1], has_wide_tiles=is_wide)
 
 
@@ -126,7 +127,8 @@ def _widen_tiles(interface: Any) -> None:
 
 
 def _has_wide_tiles(interface: ModuleType) -> bool:
-    return getattr(interface.FlashAttentionBackwardSm90, "__name__", None) == "WideTiles"
+    backward = getattr(interface, "FlashAttentionBackwardSm90", None)
+    return getattr(backward, "__name__", None) == "WideTiles"
 
 
 def fa4_attend(q_BNAE: Tensor, k_BLAE: Tensor, v_BLAE: Tensor) -> tuple[Tensor, Tensor]:

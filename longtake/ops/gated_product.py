@@ -27,17 +27,21 @@ from longtake.ops.weight_gradient import weight_gradient
 FOLDING_TOKENS_PER_INPUT = 2
 
 
-def folds_gate(x_BND: Tensor, h_BNI: Tensor) -> bool:
-    """Whether the gate goes into the weights."""
+def folds_gate(x_BND: Tensor, gate_BD: Tensor, h_BNI: Tensor, weight_DI: Tensor) -> bool:
+    """Whether the gate goes into the weights: products want operands of one dtype, too."""
     num_tokens, num_inputs = h_BNI.shape[1:]
-    return num_inputs <= x_BND.shape[2] and num_tokens >= FOLDING_TOKENS_PER_INPUT * num_inputs
+    return (
+        num_inputs <= x_BND.shape[2]
+        and num_tokens >= FOLDING_TOKENS_PER_INPUT * num_inputs
+        and x_BND.dtype == gate_BD.dtype == h_BNI.dtype == weight_DI.dtype
+    )
 
 
 def gated_product_forward(
     x_BND: Tensor, gate_BD: Tensor, h_BNI: Tensor, weight_DI: Tensor, bias_D: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """x + gate * (h W^T + b), and h W^T + b if the backward wants it."""
-    if folds_gate(x_BND, h_BNI):
+    if folds_gate(x_BND, gate_BD, h_BNI, weight_DI):
         weight_BDI = gate_BD[:, :, None] * weight_DI
         return residual_product(x_BND, h_BNI, weight_BDI, gate_BD * bias_D), None
     y_BND = F.linear(h_BNI, weight_DI, bias_D)

@@ -12,9 +12,6 @@ from typing import Any
 try:
     import triton
     import triton.language as tl
-    from triton import knobs
-    from triton.compiler import CompiledKernel
-    from triton.runtime import JITFunction, driver
 
     has_triton = True
 except ImportError:
@@ -22,7 +19,13 @@ except ImportError:
     # Enough for a file with kernels to be imported.
     triton: Any = SimpleNamespace(jit=lambda function: function)
     tl: Any = SimpleNamespace(constexpr=object)
-    # Only launches use these.
+
+# Only launches use these. A Triton that lacks them is not to pass for no Triton.
+if has_triton:
+    from triton import knobs
+    from triton.compiler import CompiledKernel
+    from triton.runtime import JITFunction, driver
+else:
     knobs: Any = None
     CompiledKernel: Any = None
     JITFunction: Any = None

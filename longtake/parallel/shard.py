@@ -3,7 +3,8 @@ out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -60,17 +61,22 @@ class _NothingToScatter:
     """
 
     def __init__(self) -> None:
-        self._given: Tensor | None = None
+        # Gone with a reduction that breaks off between the two.
+        self._given: Callable[[], Tensor | None] = lambda: None
 
     def allocate(
         self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """Memory for a unit's gradients, or the same once more for their sum."""
-        given, self._given = self._given, None
+        given, self._given = self._given(), lambda: None
         if given is not None and (*given.shape, given.dtype) == (*size, dtype):
+            if device.type == "cuda":
+                # FSDP reads the sum on a stream of its own, the current one here.
+                given.record_stream(torch.cuda.current_stream(device))
             return given
-        self._given = torch.empty(*size, dtype=dtype, device=device)
-        return self._given
+        made = torch.empty(*size, dtype=dtype, device=device)
+        self._given = weakref.ref(made)
+        return made
 
     def __call__(
         self,

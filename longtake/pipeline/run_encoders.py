@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from longtake.data import Source
@@ -15,6 +16,8 @@ from longtake.store import (
     check_encoders,
     stored_encoders,
 )
+
+log = logging.getLogger(__name__)
 
 
 def encoders_of_source(
@@ -66,6 +69,11 @@ def text_config_of_source(source: Source, config: TextEncoderConfig) -> TextEnco
             "text_encoder.placement=sharded needs all processes in every step, but with a store "
             "that lacks captions only those encode whose captions it lacks: use auto or "
             "replicated, or encode all captions"
+        )
+    if config.placement == "sharded":
+        log.warning(
+            "text_encoder.placement=sharded is for steps that encode captions, and the store has "
+            "them all: for prompts of samples and validation the encoder is whole on every process"
         )
     return replace(config, placement="replicated")
 

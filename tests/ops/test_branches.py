@@ -164,6 +164,16 @@ def test_detached_bias_costs_no_sum_and_leaves_the_rest(name: str, monkeypatch):
                 torch.testing.assert_close(gradient, expected[key], rtol=1e-6, atol=1e-6, msg=key)
 
 
+@pytest.mark.parametrize("name", ["gated_linear", "folded_linear"])
+def test_a_stream_in_float32_takes_a_layer_in_half_at_any_number_of_tokens(name: str):
+    inputs = _inputs(name, torch.bfloat16, (T, S))
+    inputs["x"] = inputs["x"].detach().float().requires_grad_()
+    with kernels_as(FUSED):
+        found = _run(name, inputs)
+    assert found["output 0"].dtype == found["x"].dtype == torch.float32
+    assert found["weight"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_stream_that_nobody_else_reads_has_a_gradient(name: str):
     inputs = _inputs(name, torch.float32, (T, S))

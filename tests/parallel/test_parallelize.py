@@ -20,6 +20,7 @@ from longtake.parallel import (
     sync_gradients,
     write_full,
 )
+from longtake.parallel.shard import _NothingToScatter
 from tests.processes import run_in_processes
 from tests.toy_model import ToyModel, init_toy, toy_batch, toy_loss
 
@@ -147,6 +148,19 @@ def test_a_lone_shards_gradients_are_not_copied_to_be_summed():
         0,
         0,
     ]
+
+
+def test_memory_of_a_reduction_that_breaks_off_is_not_taken_for_the_next_ones():
+    comm, asked = _NothingToScatter(), {"dtype": torch.float32, "device": torch.device("cpu")}
+    given = comm.allocate((8,), **asked)
+    assert comm.allocate((8,), **asked) is given
+    broken_off = comm.allocate((8,), **asked)
+    assert broken_off is not given
+    del broken_off  # with the call that raised
+    given = comm.allocate((8,), **asked)
+    assert comm.allocate((8,), **asked) is given
+    assert comm.allocate((9,), **asked).shape == (9,)
+    assert comm.allocate((8,), **asked).shape == (8,)
 
 
 def test_initial_weights_do_not_depend_on_the_number_of_processes():
