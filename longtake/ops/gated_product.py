@@ -20,6 +20,7 @@ from torch import Tensor
 
 from longtake.ops.gated_residual import gated_residual_backward, gated_residual_forward
 from longtake.ops.products import residual_product
+from longtake.ops.sample_weights import merge_sample_gradients
 from longtake.ops.weight_gradient import weight_gradient
 
 # A sample of so many tokens per input of the layer has its gate in the weights. At one, the traffic
@@ -88,15 +89,9 @@ class GatedProductBackward:
     def layer_gradients(self, h_BNI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Those of gate (B, D), weight (D, I) and bias (D,), in their dtypes."""
         dweight = weight_gradient(self.dy, self.rows(h_BNI))
-        if self.dgate_BD is not None and self.dbias_D is not None:
-            dgate_BD, dbias_D = self.dgate_BD, self.dbias_D
-        else:
-            gate_BD = self.gate_BD.float()
-            dbias_BD = self.dy.sum(1, dtype=torch.float32)
-            dgate_BD = (dweight * self.weight_DI.float()).sum(-1) + dbias_BD * self.bias_D
-            dweight = (gate_BD[:, :, None] * dweight).sum(0)
-            dbias_D = (gate_BD * dbias_BD).sum(0)
         layer = self.gate_BD, self.weight_DI, self.bias_D
-        gradients = dgate_BD, dweight, dbias_D
+        if self.dgate_BD is None or self.dbias_D is None:
+            return merge_sample_gradients(dweight, self.dy.sum(1, dtype=torch.float32), *layer)
+        gradients = self.dgate_BD, dweight, self.dbias_D
         dgate_BD, dweight, dbias_D = (g.to(x.dtype) for g, x in zip(gradients, layer, strict=True))
         return dgate_BD, dweight, dbias_D

@@ -349,6 +349,14 @@ _ELEMENTWISE = {
     "gated_residual": _elementwise("gated_residual", _draw_for(x="BND", gate="B1D", y="BND")),
     "gelu": _elementwise("gelu", _draw_for(x="NF")),
     "column_sum": _elementwise("column_sum", _draw_for(x="NF"), is_differentiable=False),
+    "merge_sample_gradients": _elementwise(
+        "merge_sample_gradients",
+        _draw_for(dsample="BDD", sums="BD", gate="BD", weight="DD", bias="D"),
+        module="sample_weights",
+        outputs=("dgate", "dweight", "dbias"),
+        float32_inputs=frozenset({"sums"}),
+        is_differentiable=False,
+    ),
     "resize_heads": _elementwise(
         "resize_heads",
         _draw_for(x="BND"),

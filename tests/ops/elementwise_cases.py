@@ -12,6 +12,7 @@ from longtake.ops.gated_residual import gated_residual_backward, gated_residual_
 from longtake.ops.gelu import gelu_backward, gelu_forward
 from longtake.ops.norm_modulate import norm_modulate_backward, norm_modulate_forward
 from longtake.ops.resize_heads import launch_resize
+from longtake.ops.sample_weights import merge_sample_gradients
 
 # Of XL, S, B, L and tiny models, with and without a tail.
 HIDDEN_SIZES = (1152, 384, 768, 1024, 128)
@@ -58,6 +59,13 @@ def _resize_heads(head_size: int, size: int) -> None:
     launch_resize(torch.zeros(64, 3, 2, head_size, dtype=torch.bfloat16), size)
 
 
+def _merge_sample_gradients(hidden_size: int, dtype: torch.dtype) -> None:
+    gate, weight = torch.zeros(2, hidden_size, dtype=dtype), torch.zeros(hidden_size, hidden_size)
+    weight = weight.to(dtype)
+    dsample, sums = weight.expand(2, -1, -1), torch.zeros(2, hidden_size)
+    merge_sample_gradients(dsample, sums, gate, weight, gate[0].clone())
+
+
 def compile_cases() -> list[tuple[str, Callable[[], None]]]:
     """(name, launches): bfloat16 as in training, float32 for the largest model."""
     half, full = torch.bfloat16, torch.float32
@@ -76,6 +84,9 @@ def compile_cases() -> list[tuple[str, Callable[[], None]]]:
         ("gelu 4608", lambda: _gelu(4608, half)),
         ("gelu 4608 float32", lambda: _gelu(4608, full)),
         ("column_sum 1152", lambda: _column_sum(torch.zeros(64, 1152, dtype=half))),
+        ("sample_weights 1152", lambda: _merge_sample_gradients(1152, half)),
+        ("sample_weights 1152 float32", lambda: _merge_sample_gradients(1152, full)),
+        ("sample_weights 1024", lambda: _merge_sample_gradients(1024, half)),
         ("resize_heads 72 to 96", lambda: _resize_heads(72, 96)),
         ("resize_heads 96 to 72", lambda: _resize_heads(96, 72)),
         ("column_sum 3456", lambda: _column_sum(torch.zeros(64, 3456, dtype=half))),
