@@ -146,7 +146,23 @@ def _key(seed: int) -> tuple[int, int]:
 def _bits(keys: SampleKeys, stream: Stream, count: int, offset: int) -> Tensor:
     """Random 32-bit words as int64 (B, count), draws offset .. offset + count of a stream."""
     first_block, last_block = offset // 4, -(-(offset + count) // 4)
+    start = offset - first_block * 4
     device = keys.sample_ids_B.device
+    if device.type == "cuda":
+        # Not at the top: loader workers draw as well, and need not wait for Triton's import.
+        from longtake.ops.kernels import elementwise
+        from longtake.ops.philox import philox_words
+
+        if elementwise(keys.sample_ids_B) == "triton":
+            words = philox_words(
+                keys.epochs_B,
+                keys.sample_ids_B,
+                seed=keys.seed,
+                stream=int(stream),
+                first_block=first_block,
+                num_blocks=last_block - first_block,
+            )
+            return words[:, start : start + count]
     block = torch.arange(first_block, last_block, device=device)[None]
     c0 = block & _MASK
     # Epoch (24 bits) and stream (8 bits) share the second word; the sample id fills the last two.
@@ -166,5 +182,4 @@ def _bits(keys: SampleKeys, stream: Stream, count: int, offset: int) -> Tensor:
         )
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     words = torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)
-    start = offset - first_block * 4
     return words[:, start : start + count]

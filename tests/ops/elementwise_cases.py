@@ -11,6 +11,7 @@ import longtake.ops.column_sum  # noqa: F401  (defines the operator)
 from longtake.ops.gated_residual import gated_residual_backward, gated_residual_forward
 from longtake.ops.gelu import gelu_backward, gelu_forward
 from longtake.ops.norm_modulate import norm_modulate_backward, norm_modulate_forward
+from longtake.ops.philox import philox_words
 from longtake.ops.resize_heads import launch_resize
 from longtake.ops.sample_weights import merge_sample_gradients
 
@@ -66,6 +67,11 @@ def _merge_sample_gradients(hidden_size: int, dtype: torch.dtype) -> None:
     merge_sample_gradients(dsample, sums, gate, weight, gate[0].clone())
 
 
+def _philox() -> None:
+    ids = torch.zeros(2, dtype=torch.int64)
+    philox_words(ids, ids, seed=2**62, stream=3, first_block=0, num_blocks=64)
+
+
 def compile_cases() -> list[tuple[str, Callable[[], None]]]:
     """(name, launches): bfloat16 as in training, float32 for the largest model."""
     half, full = torch.bfloat16, torch.float32
@@ -87,6 +93,7 @@ def compile_cases() -> list[tuple[str, Callable[[], None]]]:
         ("sample_weights 1152", lambda: _merge_sample_gradients(1152, half)),
         ("sample_weights 1152 float32", lambda: _merge_sample_gradients(1152, full)),
         ("sample_weights 1024", lambda: _merge_sample_gradients(1024, half)),
+        ("philox", lambda: _philox()),
         ("resize_heads 72 to 96", lambda: _resize_heads(72, 96)),
         ("resize_heads 96 to 72", lambda: _resize_heads(96, 72)),
         ("column_sum 3456", lambda: _column_sum(torch.zeros(64, 3456, dtype=half))),
