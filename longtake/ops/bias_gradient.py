@@ -23,17 +23,21 @@ from longtake.ops.column_sum import column_sum
 
 
 class _WithBiasGradient(torch.autograd.Function):
+    """y itself; the bias, of its last dimensions, is in it, or in one part of the one before."""
+
     @staticmethod
-    def forward(ctx, y: Tensor, bias: Tensor) -> Tensor:
-        ctx.bias_shape, ctx.bias_dtype = bias.shape, bias.dtype
+    def forward(ctx, y: Tensor, bias: Tensor, part: int | None) -> Tensor:
+        ctx.bias_shape, ctx.bias_dtype, ctx.part = bias.shape, bias.dtype, part
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         if not ctx.needs_input_grad[1]:
-            return dy, None
-        dy_NF = dy.flatten(-len(ctx.bias_shape)).flatten(0, -2)
-        return dy, column_sum(dy_NF).view(ctx.bias_shape).to(ctx.bias_dtype)
+            return dy, None, None
+        num_dims = len(ctx.bias_shape)
+        of_part = dy if ctx.part is None else dy.select(-1 - num_dims, ctx.part)
+        sums = column_sum(of_part.flatten(-num_dims).flatten(0, -2))
+        return dy, sums.view(ctx.bias_shape).to(ctx.bias_dtype), None
 
 
 def with_bias_gradient(y: Tensor, bias: Tensor) -> Tensor:
@@ -41,21 +45,7 @@ def with_bias_gradient(y: Tensor, bias: Tensor) -> Tensor:
 
     The bias has the last dimensions of y.
     """
-    return _WithBiasGradient.apply(y, bias)
-
-
-class _WithQueryBiasGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv_N3AE: Tensor, q_bias_AE: Tensor) -> Tensor:
-        ctx.bias_shape, ctx.bias_dtype = q_bias_AE.shape, q_bias_AE.dtype
-        return qkv_N3AE.view_as(qkv_N3AE)
-
-    @staticmethod
-    def backward(ctx, dqkv_N3AE: Tensor):
-        if not ctx.needs_input_grad[1]:
-            return dqkv_N3AE, None
-        dq_NF = dqkv_N3AE.flatten(0, -4).flatten(-2)[:, 0]
-        return dqkv_N3AE, column_sum(dq_NF).view(ctx.bias_shape).to(ctx.bias_dtype)
+    return _WithBiasGradient.apply(y, bias, None)
 
 
 def attend_with_bias(
@@ -64,5 +54,5 @@ def attend_with_bias(
     """attend(qkv), self-attention of a product in which the bias is already; the bias gets its
     gradient from here. Tokens may have any number of dimensions."""
     q_bias_AE, _, v_bias_AE = bias_3AE.unbind(0)
-    out_NAE = attend(_WithQueryBiasGradient.apply(qkv_N3AE, q_bias_AE))
+    out_NAE = attend(_WithBiasGradient.apply(qkv_N3AE, q_bias_AE, 0))
     return with_bias_gradient(out_NAE, v_bias_AE)
