@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,9 @@ from torch import nn
 # Above the limit `fullgraph` raises; PyTorch's default of 8 would be met by four buckets of a
 # two-branch block.
 _MAX_GRAPHS = 256
+# Not sums over tokens in the kernel of sums over channels: with one sample in the micro-batch the
+# gradients of a norm's shift and scale were wrong, without a word (PyTorch 2.11, docs/log.md).
+_OPTIONS: dict[str, Any] = {"triton.mix_order_reduction": False}
 
 
 def compile_blocks(blocks: Iterable[nn.Module], *, backend: str | Callable = "inductor") -> None:
@@ -21,8 +25,11 @@ def compile_blocks(blocks: Iterable[nn.Module], *, backend: str | Callable = "in
     be captured whole is an error, not a silent fallback to eager.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
+    options = _OPTIONS if backend == "inductor" else None
     for block in blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
+        block.forward = torch.compile(
+            block.forward, fullgraph=True, dynamic=False, backend=backend, options=options
+        )
 
 
 def overlap_exchanges() -> None:

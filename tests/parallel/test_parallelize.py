@@ -3,8 +3,11 @@ process."""
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.parallel import (
@@ -205,6 +208,31 @@ def _compiled_step():
     orchestrator.compile_blocks = lambda blocks: compile_blocks(blocks, backend=count_graphs)
     found = _one_step(ParallelConfig(compile=True, checkpointing="full"))
     return found | {"graphs": len(graphs)}
+
+
+@pytest.mark.gpu
+def test_compiled_blocks_sum_over_the_tokens_of_one_sample():
+    """A compiler's kernel that sums over channels and tokens at once got shift and scale wrong."""
+    from longtake.ops.norm_modulate import norm_modulate_reference
+    from longtake.parallel.compile import compile_blocks
+
+    class Branch(nn.Module):
+        def forward(self, x_BND, shift_B1D, scale_B1D):
+            return norm_modulate_reference(x_BND, shift_B1D, scale_B1D)
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator, device="cuda")
+    shapes = (1, 65_536, 1152), (1, 1, 1152), (1, 1, 1152)
+    inputs = [draw(shape).bfloat16().requires_grad_() for shape in shapes]
+    incoming = draw(shapes[0]).bfloat16()
+    compiled = Branch()
+    compile_blocks([compiled])
+    expected, found = (
+        torch.autograd.grad(block(*inputs), inputs, incoming) for block in (Branch(), compiled)
+    )
+    for right, gradient in zip(expected, found, strict=True):
+        error = (gradient.float() - right.float()).norm() / right.float().norm()
+        assert float(error) < 0.01
 
 
 def _change_after_inference():
