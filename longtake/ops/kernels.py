@@ -55,8 +55,10 @@ IN_PARTS: tuple[AttentionBackend, ...] = ("fa4", "cudnn", "reference")
 MAX_PACKED_FRAMES = 64
 MAX_TEXT_TOKENS = 256
 MAX_HEAD_SIZE = 128
-# From this many keys on, FlashAttention-4's faster inner loop outweighs padding heads for it.
-MIN_FA4_KEYS = 2048
+# From this many keys on, FlashAttention-4's faster inner loop outweighs what its tiles leave idle:
+# 65,536 tokens forward and backward take it 3.15 ms at 1024 keys, ours 3.71 and cuDNN 3.89; at 256
+# it is 1.56 for 1.42 and 1.74 (docs/log.md).
+MIN_FA4_KEYS = 1024
 # Heads that others pad to 128 and our flash attention takes as 64 and a tail of 16, and the most
 # keys up to which that outweighs computing the scores twice in the backward (docs/benchmarks).
 FLASH_HEAD_SIZES = range(65, 81)
@@ -154,6 +156,9 @@ def _candidates(
 ) -> Iterator[AttentionBackend]:
     """From the fastest, as far as measured; docs/benchmarks has the figures."""
     is_half = dtype in (torch.bfloat16, torch.float16)
+    fuses = kind != "cross_attention" and device.type == "cuda" and is_half
+    if fuses and keys >= MIN_FA4_KEYS and head_size <= MAX_HEAD_SIZE and has_fa4(device):
+        yield "fa4"
     if runs_triton(device) and (is_half or dtype == torch.float32) and head_size <= MAX_HEAD_SIZE:
         if kind == "temporal_attention" and keys <= MAX_PACKED_FRAMES:
             yield "triton"
@@ -162,11 +167,8 @@ def _candidates(
         pays = head_size in FLASH_HEAD_SIZES and keys <= MAX_FLASH_KEYS
         if kind == "self_attention" and is_half and pays:
             yield "triton"
-    if kind != "cross_attention" and device.type == "cuda" and is_half:
-        if keys >= MIN_FA4_KEYS and head_size <= MAX_HEAD_SIZE and has_fa4(device):
-            yield "fa4"
-        if head_size % 8 == 0 and head_size <= MAX_HEAD_SIZE and has_cudnn_attention(device):
-            yield "cudnn"
+    if fuses and head_size % 8 == 0 and head_size <= MAX_HEAD_SIZE and has_cudnn_attention(device):
+        yield "cudnn"
     yield "sdpa"
 
 
