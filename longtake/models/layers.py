@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.ops.attention import self_attention
-from longtake.ops.bias_gradient import attend_with_bias, with_bias_gradient
+from longtake.ops.bias_gradient import with_bias_gradient
 from longtake.ops.carried_linear import carried_linear
 from longtake.ops.gated_linear import gated_linear
 from longtake.ops.gated_mlp import gated_mlp
@@ -81,14 +81,20 @@ class SelfAttention(nn.Module):
         return self.add(x_BND, gate_B1D, self.attend(qkv))
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """Attention of the product (..., 3 D), (..., D); `qkv.bias` gets its gradient here."""
-        heads = (3, self.num_heads, -1)
-        bias_3AE = self.qkv.bias.unflatten(0, heads)
-        return attend_with_bias(self.core, qkv.unflatten(-1, heads), bias_3AE).flatten(-2)
+        """Attention of the product (..., 3 D), (..., D). `qkv.bias` gets the gradient of q here."""
+        q_bias_1AE = self._split(self.qkv.bias)[:1]
+        return self.core(with_bias_gradient(self._split(qkv), q_bias_1AE)).flatten(-2)
 
     def add(self, x_BND: Tensor, gate_B1D: Tensor, attended_BND: Tensor) -> Tensor:
-        """The stream with what was attended to, projected and gated."""
-        return gated_linear(x_BND, gate_B1D, attended_BND, self.proj.weight, self.proj.bias)
+        """The stream with what was attended to, projected and gated. `qkv.bias` gets the gradient
+        of v here."""
+        v_bias_D = self._split(self.qkv.bias)[2].flatten()
+        layer = self.proj.weight, self.proj.bias, v_bias_D
+        return gated_linear(x_BND, gate_B1D, attended_BND, *layer)
+
+    def _split(self, qkv: Tensor) -> Tensor:
+        """(..., 3 D) as (..., 3, A, E)."""
+        return qkv.unflatten(-1, (3, self.num_heads, -1))
 
 
 class RMSNorm(nn.Module):
@@ -117,8 +123,9 @@ class NormalizedSelfAttention(SelfAttention):
         self.time_scale = time_scale
 
     def attend(self, qkv: Tensor) -> Tensor:
-        qkv = with_bias_gradient(qkv, self.qkv.bias)
-        qkv_BTS3AE = qkv.unflatten(-1, (3, self.num_heads, -1))
+        # A norm comes between: k's bias does move the scores.
+        qk_bias_2AE = self._split(self.qkv.bias)[:2]
+        qkv_BTS3AE = with_bias_gradient(self._split(qkv), qk_bias_2AE)
         sin_TF = cos_TF = None
         if self.time_scale is not None:
             num_frames, head_size = qkv_BTS3AE.shape[1], qkv_BTS3AE.shape[-1]

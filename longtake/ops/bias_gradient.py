@@ -1,20 +1,18 @@
 """Gradients of biases that are taken elsewhere than in the linear layers that added them.
 
 The gradient of a bias is the sum over all tokens of the gradient of what it was added to: a pass
-over that. Of q, k and v two thirds of the pass can be spared or moved to a smaller tensor:
+over that. Of the bias of q, k and v two thirds of the pass are spared:
 
-    k: zero. Its bias adds the same to all scores of a row, which a softmax does not see.
-    v: the sum of the output's gradient. The weights of a row sum to one, so the bias arrives in
-       each output as it is.
+    q: summed, over a third of the product's gradient.
+    k: zero. It adds the same to all scores of a row, which a softmax does not see.
+    v: from the gradient of the bias of the layer that reads what was attended to. The weights of a
+       row sum to one, so v's bias arrives in each output as it is, and what it does, W b_v, is done
+       by that other bias as well: its gradient times W (`gated_linear`).
 
-A layer is given a detached bias then, and attention the bias itself.
-
-Letters: A heads, E size per head; 3 is q, k and v.
+A layer is given a detached bias then, and the bias itself goes to whoever gives the gradient.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,36 +21,27 @@ from longtake.ops.column_sum import column_sum
 
 
 class _WithBiasGradient(torch.autograd.Function):
-    """y itself; the bias, of its last dimensions, is in it, or in one part of the one before."""
+    """y itself, in which the bias is already."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, bias: Tensor, part: int | None) -> Tensor:
-        ctx.bias_shape, ctx.bias_dtype, ctx.part = bias.shape, bias.dtype, part
+    def forward(ctx, y: Tensor, bias: Tensor) -> Tensor:
+        ctx.bias_shape, ctx.bias_dtype = bias.shape, bias.dtype
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         if not ctx.needs_input_grad[1]:
-            return dy, None, None
+            return dy, None
         num_dims = len(ctx.bias_shape)
-        of_part = dy if ctx.part is None else dy.select(-1 - num_dims, ctx.part)
-        sums = column_sum(of_part.flatten(-num_dims).flatten(0, -2))
-        return dy, sums.view(ctx.bias_shape).to(ctx.bias_dtype), None
+        of_parts = dy.narrow(-num_dims, 0, ctx.bias_shape[0])
+        sums = column_sum(of_parts.flatten(-num_dims).flatten(0, -2))
+        return dy, sums.view(ctx.bias_shape).to(ctx.bias_dtype)
 
 
 def with_bias_gradient(y: Tensor, bias: Tensor) -> Tensor:
     """y itself, in which the bias is already: its gradient, summed in float32, comes from here.
 
-    The bias has the last dimensions of y.
+    The bias has the last dimensions of y, or of the first parts along the first of these: for y of
+    (B, N, 3, A, E) a bias of (2, A, E) is in q and k.
     """
-    return _WithBiasGradient.apply(y, bias, None)
-
-
-def attend_with_bias(
-    attend: Callable[[Tensor], Tensor], qkv_N3AE: Tensor, bias_3AE: Tensor
-) -> Tensor:
-    """attend(qkv), self-attention of a product in which the bias is already; the bias gets its
-    gradient from here. Tokens may have any number of dimensions."""
-    q_bias_AE, _, v_bias_AE = bias_3AE.unbind(0)
-    out_NAE = attend(_WithBiasGradient.apply(qkv_N3AE, q_bias_AE, 0))
-    return with_bias_gradient(out_NAE, v_bias_AE)
+    return _WithBiasGradient.apply(y, bias)

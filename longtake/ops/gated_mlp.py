@@ -114,7 +114,7 @@ class _GatedMlp(torch.autograd.Function):
             weight_gradient(dpre_MF, h_BND.flatten(0, 1)),
             dbias1_F.to(weight1_FD.dtype),
             dweight2_DF,
-            dbias2_D,
+            dbias2_D.to(weight1_FD.dtype),
             None,
             None,
         )

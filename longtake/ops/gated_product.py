@@ -87,11 +87,10 @@ class GatedProductBackward:
         return h_BNI.flatten(0, 1) if self.dy.ndim == 2 else h_BNI
 
     def layer_gradients(self, h_BNI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of gate (B, D), weight (D, I) and bias (D,), in their dtypes."""
+        """Those of gate (B, D) and weight (D, I) in their dtypes, and of bias (D,) in float32."""
         dweight = weight_gradient(self.dy, self.rows(h_BNI))
         layer = self.gate_BD, self.weight_DI, self.bias_D
         if self.dgate_BD is None or self.dbias_D is None:
             return merge_sample_gradients(dweight, self.dy.sum(1, dtype=torch.float32), *layer)
-        gradients = self.dgate_BD, dweight, self.dbias_D
-        dgate_BD, dweight, dbias_D = (g.to(x.dtype) for g, x in zip(gradients, layer, strict=True))
-        return dgate_BD, dweight, dbias_D
+        dgate_BD, dweight = self.dgate_BD.to(self.gate_BD.dtype), dweight.to(self.weight_DI.dtype)
+        return dgate_BD, dweight, self.dbias_D

@@ -23,7 +23,7 @@ STAGES = 3
 def merge_sample_gradients_reference(
     dsample_BDI: Tensor, sums_BD: Tensor, gate_BD: Tensor, weight_DI: Tensor, bias_D: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of gate (B, D), weight (D, I) and bias (D,), in plain torch.
+    """Those of gate (B, D), weight (D, I) and bias (D,), in plain torch; the last at least float32.
 
     dsample_BDI are the gradients of gate * weight, sums_BD of gate * bias.
     """
@@ -32,7 +32,7 @@ def merge_sample_gradients_reference(
     sums_BD = sums_BD.to(wide)
     dgate_BD = (dsample_BDI * weight_DI).sum(-1) + sums_BD * bias_D
     dweight_DI, dbias_D = (gate_BD1 * dsample_BDI).sum(0), (gate_BD1[..., 0] * sums_BD).sum(0)
-    return dgate_BD.to(gate_BD.dtype), dweight_DI.to(weight_DI.dtype), dbias_D.to(bias_D.dtype)
+    return dgate_BD.to(gate_BD.dtype), dweight_DI.to(weight_DI.dtype), dbias_D
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _merge_kernel(
     bias_ptr,  # (D,)
     dgate_ptr,  # (B, D)
     dweight_ptr,  # (D, I)
-    dbias_ptr,  # (D,)
+    dbias_ptr,  # (D,) fp32
     B,
     D,
     gate_stride,
@@ -82,7 +82,7 @@ def _merge_kernel(
     tl.store(dweight_ptr + d * I + head, dweight_head.to(element))
     if TAIL > 0:
         tl.store(dweight_ptr + d * I + tail, dweight_tail.to(element), mask=in_row)
-    tl.store(dbias_ptr + d, dbias.to(dbias_ptr.dtype.element_ty))
+    tl.store(dbias_ptr + d, dbias)
 
 
 @operation("longtake::merge_sample_gradients")
@@ -94,7 +94,7 @@ def _merge(
     gate_BD = contiguous_rows(gate_BD)
     dgate_BD = gate_BD.new_empty(B, D)
     dweight_DI = weight_DI.new_empty(D, I)
-    dbias_D = bias_D.new_empty(D)
+    dbias_D = bias_D.new_empty(D, dtype=torch.float32)
     head, tail = split_row(I)
     launch(
         _merge_kernel,
@@ -123,14 +123,15 @@ def _merge(
 def _(
     dsample_BDI: Tensor, sums_BD: Tensor, gate_BD: Tensor, weight_DI: Tensor, bias_D: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape) for x in (gate_BD, weight_DI, bias_D))  # pyright: ignore
+    dbias_D = bias_D.new_empty(bias_D.shape, dtype=torch.float32)
+    return gate_BD.new_empty(gate_BD.shape), weight_DI.new_empty(weight_DI.shape), dbias_D
 
 
 def merge_sample_gradients(
     dsample_BDI: Tensor, sums_BD: Tensor, gate_BD: Tensor, weight_DI: Tensor, bias_D: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of gate (B, D), weight (D, I) and bias (D,), in their dtypes, from those of
-    gate * weight (B, D, I) and of gate * bias (B, D). Not differentiable.
+    """The gradients of gate (B, D) and weight (D, I) in their dtypes and of bias (D,) in float32,
+    from those of gate * weight (B, D, I) and of gate * bias (B, D). Not differentiable.
 
     Reads the first once; sums are float32. What is not contiguous is copied, but for the gate's
     rows, which may lie apart.

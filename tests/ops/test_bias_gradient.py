@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from longtake.ops import bias_gradient as module
 from longtake.ops.attention import self_attention
-from longtake.ops.bias_gradient import attend_with_bias, with_bias_gradient
+from longtake.ops.bias_gradient import with_bias_gradient
+from longtake.ops.gated_linear import gated_linear
 from longtake.ops.kernels import KernelConfig, kernels_as
 from longtake.ops.temporal_attention import temporal_attention
 
@@ -59,13 +60,15 @@ def test_nothing_is_copied_and_a_frozen_bias_costs_no_sum(monkeypatch):
     out = with_bias_gradient(y, draw(3, A, E))
     assert out.data_ptr() == y.data_ptr()
     out.sum().backward()
-    attend_with_bias(lambda qkv: qkv.sum(-3), y, draw(3, A, E)).sum().backward()
-    for function in (
-        with_bias_gradient,
-        lambda y, bias: attend_with_bias(lambda qkv: qkv.sum(-3), y, bias),
-    ):
-        with pytest.raises(NameError, match="column_sum"):
-            function(y, draw(3, A, E).requires_grad_()).sum().backward()
+    with pytest.raises(NameError, match="column_sum"):
+        with_bias_gradient(y, draw(3, A, E).requires_grad_()).sum().backward()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_bias_of_the_first_parts_has_their_gradient(parts: int):
+    y, bias = draw(B, T, S, 3, A, E), draw(parts, A, E)
+    _, dy, dbias = gradients(with_bias_gradient, y, bias)
+    torch.testing.assert_close(dbias, dy[..., :parts, :, :].sum((0, 1, 2)))
 
 
 ATTENTIONS = {
@@ -77,20 +80,30 @@ ATTENTIONS = {
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("backend", ["triton", "sdpa", "reference"])
 @pytest.mark.parametrize("kind", ATTENTIONS)
-def test_attention_gives_the_bias_the_gradient_of_one_that_it_adds(kind, backend, is_compiled):
-    """Also where in float64 the bias is added by autograd's own addition."""
+def test_biases_of_attention_have_the_gradients_of_those_that_are_added(kind, backend, is_compiled):
+    """q's from the product, none for k's, v's from the layer behind; also where in float64 they are
+    added by autograd's own addition."""
     product, bias = draw(B, T, S, 3, A, E), draw(3, A, E, seed=3)
+    x, gate = draw(B, T, S, A * E, seed=4), draw(B, 1, 1, A * E, seed=5)
+    layer = draw(A * E, A * E, seed=6) / A, draw(A * E, seed=7)
+
+    def branch(y: Tensor, bias: Tensor) -> Tensor:
+        to = {"dtype": y.dtype, "device": y.device}
+        y = with_bias_gradient(y + bias.detach(), bias[:1])
+        attended = ATTENTIONS[kind](y).flatten(-2)
+        inputs = (t.to(**to) for t in (x, gate))
+        return gated_linear(*inputs, attended, *(t.to(**to) for t in layer), bias[2].flatten())
+
+    def plain(y: Tensor, bias: Tensor) -> Tensor:
+        return x + gate * torch.nn.functional.linear(ATTENTIONS[kind](y + bias).flatten(-2), *layer)
+
     with kernels_as(KernelConfig(**{kind: "reference"})):
-        right = gradients(lambda y, bias: ATTENTIONS[kind](y + bias), product, bias)
-
-    def attend(y: Tensor, bias: Tensor) -> Tensor:
-        return attend_with_bias(ATTENTIONS[kind], y + bias.detach(), bias)
-
+        right = gradients(plain, product, bias)
     if is_compiled:
         torch.compiler.reset()
-        attend = torch.compile(attend, fullgraph=True, backend="aot_eager")
+        branch = torch.compile(branch, fullgraph=True, backend="aot_eager")
     with kernels_as(KernelConfig(elementwise="triton", **{kind: backend})):
-        found = gradients(attend, product.float(), bias.float())
+        found = gradients(branch, product.float(), bias.float())
     for value, expected in zip(found, right, strict=True):
         torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-5)
     assert not found[2][1].any(), "the bias of k moves nothing"

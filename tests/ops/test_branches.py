@@ -32,6 +32,14 @@ def _ungated(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return gated_linear(x, None, y, weight, bias)
 
 
+def _reading_biased(x: Tensor, *rest: Tensor) -> Tensor:
+    """The layer's input has its bias in it already."""
+    *inputs, input_bias = rest
+    gate = inputs.pop(0) if len(inputs) == 4 else None
+    h, weight, bias = inputs
+    return gated_linear(x, gate, h + input_bias.detach(), weight, bias, input_bias)
+
+
 _MODULATED = {"x": "x", "shift": "row", "scale": "row", "weight": (40, D), "bias": (40,)}
 _MLP = {"x": "x", "shift": "row", "scale": "row", "gate": "row"} | {
     "weight1": (4 * D, D),
@@ -54,6 +62,20 @@ OPERATIONS = {
     "folded_linear": (
         gated_linear,
         {"x": "x", "gate": "row", "h": "narrow", "weight": (D, 6), "bias": (D,)},
+    ),
+    "gated_biased": (
+        _reading_biased,
+        {"x": "x", "gate": "row", "h": "inner"}
+        | {"weight": (D, 40), "bias": (D,), "input_bias": (40,)},
+    ),
+    "folded_biased": (
+        _reading_biased,
+        {"x": "x", "gate": "row", "h": "narrow"}
+        | {"weight": (D, 6), "bias": (D,), "input_bias": (6,)},
+    ),
+    "added_biased": (
+        _reading_biased,
+        {"x": "x", "h": "inner", "weight": (D, 40), "bias": (D,), "input_bias": (40,)},
     ),
     "gated_mlp": (gated_mlp, _MLP),
     "keeping_mlp": (_keeping_mlp, _MLP),
