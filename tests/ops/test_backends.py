@@ -396,12 +396,15 @@ def test_problems_name_the_value_and_what_is_needed(monkeypatch):
 def test_missing_flash_attention_4_is_an_error_that_says_how_to_install_it(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    # Also where it is there, and imported.
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
+        monkeypatch.setitem(sys.modules, name, None)
     fa4_attention._package.cache_clear()
     problem = backend_problem("fa4", gpu, torch.bfloat16, 72)
     assert "FlashAttention-4 cannot be imported" in problem
     assert "pip install --pre flash-attn-4==" in problem
 
+    monkeypatch.delitem(sys.modules, "flash_attn.cute.interface")
     parent, child = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
     child.interface = SimpleNamespace()
     monkeypatch.setitem(sys.modules, "flash_attn", parent)
