@@ -10,6 +10,8 @@ from longtake.benchmark.render import headline, number
 # In colours that read on white as on black.
 _TEXT, _PALE, _MIDDLE, _STRONG = "#7a848e", "#b9c9d6", "#8fadc4", "#d0533f"
 _HEIGHT = 0.26
+# Of a bar's figure, and between it and what it stands behind, in floors.
+_FIGURE_WIDTH, _GAP = 0.24, 0.012
 
 
 def plot_table(report: TableReport, path: Path) -> None:
@@ -50,7 +52,7 @@ def plot_table(report: TableReport, path: Path) -> None:
             )
             labelled.add(label)
             axes.text(
-                value / unit + 0.01,
+                _figure_place(row, value / unit),
                 middle,
                 f"{number(value)} samples/s",
                 va="center",
@@ -76,6 +78,12 @@ def plot_table(report: TableReport, path: Path) -> None:
         )
     figure.savefig(path, transparent=True)
     pyplot.close(figure)
+
+
+def _figure_place(row: RowReport, end: float) -> float:
+    """Where a bar's figure begins: behind its end, and behind the floor's mark if that is near."""
+    is_near = row.floor_samples_per_second is not None and 1 - _FIGURE_WIDTH < end < 1
+    return (1.0 if is_near else end) + _GAP
 
 
 def _unit(row: RowReport) -> float:
