@@ -373,9 +373,19 @@ _ROWS = (
         micro_batch=1,
         policies=_policies(),
     ),
+    # As many samples in a step, and tokens on a GPU, as with dp=2; and one sample, done sooner.
     _on_two(
         "stdit-64x512-sp2",
         "STDiT-XL/2 64x512, sp=2",
+        "stdit-xl2-64x512",
+        "stdit-64x512-dp2",
+        sp=2,
+        micro_batch=2,
+        policies=_policies(),
+    ),
+    _on_two(
+        "stdit-64x512-sp2-one",
+        "STDiT-XL/2 64x512, sp=2, one sample",
         "stdit-xl2-64x512",
         "stdit-64x512-dp2",
         sp=2,

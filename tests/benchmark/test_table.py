@@ -238,14 +238,14 @@ def test_two_gpus_are_rated_against_one_and_shared_tokens_against_shared_samples
     assert found["stdit-64x512-dp2"].times_baseline == pytest.approx(1.5 / 1.6)
     shared = found["stdit-64x512-sp2"]
     assert shared.times_baseline == pytest.approx(1.35 / 1.5)
-    assert shared.fast.measurement.micro_batch == 1
+    assert shared.fast.measurement.micro_batch == 2  # as many samples in a step as dp=2 takes
     assert found["stdit-16x256-dp2"].fast.measurement.micro_batch == 8  # the search's
     assert found["stdit-16x256-dp2"].plain is None
     assert shared.floor_samples_per_second is None
 
     exchanged, sharded = sent_bytes(shared.fast.measurement, shared.fast.config)
-    # Two exchanges a block, forward and backward; half of 32 x 1024 tokens leaves a GPU each time.
-    assert exchanged == 2 * 2 * 28 * (32 * 1024 * 1152 * 2) / 2
+    # Two exchanges a block, forward and backward; half of 64 x 1024 tokens leaves a GPU each time.
+    assert exchanged == 2 * 2 * 28 * (64 * 1024 * 1152 * 2) / 2
     # Weights in bf16 gathered once, gradients in float32 reduced once.
     assert sharded == (2 + 4) * 759_620_768 / 2
     kept = deepcopy(shared.fast.config)
@@ -256,7 +256,7 @@ def test_two_gpus_are_rated_against_one_and_shared_tokens_against_shared_samples
     # Nothing is gathered, and gradients are all-reduced: 2 (n - 1) / n of them.
     assert sent_bytes(shared.fast.measurement, kept)[1] == 2 * 4 * 759_620_768 / 2
     text = markdown(report)
-    assert "dp=1, sp=2 | 2.7 | 1.35 | stdit-64x512-dp2 | 0.9 | 10.0% | 4.23 GB | 2.28 GB" in text
+    assert "dp=1, sp=2 | 2.7 | 1.35 | stdit-64x512-dp2 | 0.9 | 10.0% | 8.46 GB | 2.28 GB" in text
     assert "dp=2, sp=1 | 3 | 1.5 | stdit-64x512 | 0.938 | 6.2% | 0 GB | 2.28 GB" in text
 
 
