@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longtake.ops import kernels
 from longtake.ops.kernels import KernelConfig, Kind
+from longtake.parallel.compile import COMPILER_OPTIONS
 
 _BYTES = 2  # bf16, as the figures of merit count it
 
@@ -115,7 +116,7 @@ _FUSED = ("reference", "compiled", "triton")
 def _maybe_compiled(function: Callable[..., Any], implementation: str) -> Callable[..., Any]:
     if implementation != "compiled":
         return function
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=True, dynamic=False, options=COMPILER_OPTIONS)
 
 
 def _fused(

@@ -74,7 +74,7 @@ def quickstart() -> RunConfig:
 def dit_xl2_256() -> RunConfig:
     r"""DiT-XL/2 on 256² images with class labels.
 
-    One H200 makes 685 images/s without encoders. On fewer than two GPUs of 80 GB add
+    One H200 makes 701 images/s without encoders. On fewer than two GPUs of 80 GB add
     --train.accumulation 2.
 
     torchrun --nproc-per-node 8 -m longtake train --preset dit-xl2-256 \
@@ -139,7 +139,7 @@ def stdit_xl2_16x512() -> RunConfig:
 def stdit_xl2_64x512() -> RunConfig:
     r"""STDiT-XL/2 on 64 frames of 512², 65,536 tokens a clip; recomputes every block.
 
-    A GPU of 141 GB holds a clip without that: add --parallel.checkpointing none for 1.57 clips/s on
+    A GPU of 141 GB holds a clip without that: add --parallel.checkpointing none for 1.66 clips/s on
     one H200, without encoders.
 
     torchrun --nproc-per-node 8 -m longtake train --preset stdit-xl2-64x512 \

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.ops.kernels import is_hopper
 from longtake.ops.operation import operation, register_autograd, register_fake
 from longtake.ops.resize_heads import resize_heads
 
@@ -46,13 +47,8 @@ def padded_head_size(head_size: int, *, has_wide_tiles: bool = False) -> int:
 def _size_for(x: Tensor, *, is_forward: bool = False) -> int:
     """The size that heads of x are given to the kernels with. On Hopper the forward is right with
     tiles as they are, too."""
-    is_wide = _is_hopper(x.device) and (is_forward or _has_wide_tiles(_package()))
+    is_wide = is_hopper(x.device) and (is_forward or _has_wide_tiles(_package()))
     return padded_head_size(x.shape[-1], has_wide_tiles=is_wide)
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 # Tracing takes its answer as a constant: a compiled graph is for one device, dtype and head size.

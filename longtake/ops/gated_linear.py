@@ -66,14 +66,7 @@ class _AddedLinear(torch.autograd.Function):
     """Without a gate, the gradient of the stream is that of the layer, too."""
 
     @staticmethod
-    def forward(
-        ctx,
-        x_BND: Tensor,
-        h_BNI: Tensor,
-        weight_DI: Tensor,
-        bias_D: Tensor,
-        input_bias_I: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx, x_BND: Tensor, h_BNI: Tensor, weight_DI: Tensor, bias_D: Tensor) -> Tensor:
         ctx.save_for_backward(h_BNI, weight_DI)
         rows_1MD, rows_1MI = x_BND.flatten(0, 1)[None], h_BNI.flatten(0, 1)[None]
         out_1MD = residual_product(rows_1MD, rows_1MI, weight_DI[None], bias_D[None])
@@ -85,11 +78,7 @@ class _AddedLinear(torch.autograd.Function):
         dout_MD = dout_BND.flatten(0, -2)
         dh_BNI = (dout_MD @ weight_DI).view_as(h_BNI)
         dweight_DI = weight_gradient(dout_MD, h_BNI.flatten(0, -2))
-        dbias_D = column_sum(dout_MD)
-        dinput_bias_I = (
-            _input_bias_gradient(dbias_D, weight_DI) if ctx.needs_input_grad[4] else None
-        )
-        return dout_BND, dh_BNI, dweight_DI, dbias_D.to(weight_DI.dtype), dinput_bias_I
+        return dout_BND, dh_BNI, dweight_DI, column_sum(dout_MD).to(weight_DI.dtype)
 
 
 def _input_bias_gradient(dbias_D: Tensor, weight_DI: Tensor) -> Tensor:
@@ -107,17 +96,18 @@ def gated_linear(
 ) -> Tensor:
     """x + gate * (h W^T + b), or x + h W^T + b without a gate, with the shape and dtype of x.
 
-    Tokens may have any number of dimensions; there is one row of gates per sample. input_bias is
-    one that is in h already, the same in all tokens: it gets its gradient here, without a pass over
-    them (`longtake.ops.bias_gradient`).
+    Tokens may have any number of dimensions. input_bias is one that is in h already, the same in
+    all tokens, behind a gate only: it gets its gradient here, without a pass over them
+    (`longtake.ops.bias_gradient`).
 
-    Raises ValueError if there is not.
+    Raises ValueError if the gate is not one row per sample.
     """
+    assert gate_B1D is not None or input_bias_I is None, "an input bias needs a gate"
     if not picks_triton(x_BND):
         return gated_linear_reference(x_BND, gate_B1D, h_BNI, weight_DI, bias_D, input_bias_I)
     x_BMD, h_BMI = x_BND.flatten(1, -2), h_BNI.flatten(1, -2)
     if gate_B1D is None:
-        out_BMD = _AddedLinear.apply(x_BMD, h_BMI, weight_DI, bias_D, input_bias_I)
+        out_BMD = _AddedLinear.apply(x_BMD, h_BMI, weight_DI, bias_D)
     else:
         gate_BD = row_per_sample(gate_B1D, x_BND)
         out_BMD = _GatedLinear.apply(x_BMD, gate_BD, h_BMI, weight_DI, bias_D, input_bias_I)

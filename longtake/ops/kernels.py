@@ -55,10 +55,10 @@ IN_PARTS: tuple[AttentionBackend, ...] = ("fa4", "cudnn", "reference")
 MAX_PACKED_FRAMES = 64
 MAX_TEXT_TOKENS = 256
 MAX_HEAD_SIZE = 128
-# From this many keys on, FlashAttention-4's faster inner loop outweighs what its tiles leave idle:
-# 65,536 tokens forward and backward take it 3.15 ms at 1024 keys, ours 3.71 and cuDNN 3.89; at 256
-# it is 1.56 for 1.42 and 1.74 (docs/log.md).
-MIN_FA4_KEYS = 1024
+# From this many keys on, FlashAttention-4's faster inner loop outweighs all else; where it was
+# measured with fewer, heads of 72 on Hopper, from this many: 65,536 tokens forward and backward
+# take it 3.15 ms at 1024 keys, ours 3.71 and cuDNN 3.89; at 256 1.56, 1.42, 1.74 (docs/log.md).
+MIN_FA4_KEYS, MIN_FA4_KEYS_ON_HOPPER = 2048, 1024
 # Heads that others pad to 128 and our flash attention takes as 64 and a tail of 16, and the most
 # keys up to which that outweighs computing the scores twice in the backward (docs/benchmarks).
 FLASH_HEAD_SIZES = range(65, 81)
@@ -157,8 +157,10 @@ def _candidates(
     """From the fastest, as far as measured; docs/benchmarks has the figures."""
     is_half = dtype in (torch.bfloat16, torch.float16)
     fuses = kind != "cross_attention" and device.type == "cuda" and is_half
-    if fuses and keys >= MIN_FA4_KEYS and head_size <= MAX_HEAD_SIZE and has_fa4(device):
-        yield "fa4"
+    if fuses and head_size <= MAX_HEAD_SIZE and has_fa4(device):
+        is_measured = head_size in FLASH_HEAD_SIZES and is_hopper(device)
+        if keys >= (MIN_FA4_KEYS_ON_HOPPER if is_measured else MIN_FA4_KEYS):
+            yield "fa4"
     if runs_triton(device) and (is_half or dtype == torch.float32) and head_size <= MAX_HEAD_SIZE:
         if kind == "temporal_attention" and keys <= MAX_PACKED_FRAMES:
             yield "triton"
@@ -199,6 +201,12 @@ def has_cudnn_attention(device: torch.device) -> bool:
         and torch.backends.cudnn.is_available()
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether it is a GPU of compute capability 9."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from torch import nn
 _MAX_GRAPHS = 256
 # Not sums over tokens in the kernel of sums over channels: with one sample in the micro-batch the
 # gradients of a norm's shift and scale were wrong, without a word (PyTorch 2.11, docs/log.md).
-_OPTIONS: dict[str, Any] = {"triton.mix_order_reduction": False}
+COMPILER_OPTIONS: dict[str, Any] = {"triton.mix_order_reduction": False}
 
 
 def compile_blocks(blocks: Iterable[nn.Module], *, backend: str | Callable = "inductor") -> None:
@@ -25,7 +25,7 @@ def compile_blocks(blocks: Iterable[nn.Module], *, backend: str | Callable = "in
     be captured whole is an error, not a silent fallback to eager.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
-    options = _OPTIONS if backend == "inductor" else None
+    options = COMPILER_OPTIONS if backend == "inductor" else None
     for block in blocks:
         block.forward = torch.compile(
             block.forward, fullgraph=True, dynamic=False, backend=backend, options=options

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from longtake.ops import kernels
 from longtake.ops.attention import self_attention, self_attention_by
 from longtake.ops.kernels import PLAIN, KernelConfig, attention_backend, kernels_as
 from longtake.ops.plain_attention import attention_reference, attention_sdpa
@@ -65,3 +66,29 @@ def test_self_attention_reads_the_qkv_product_in_place():
 def test_choice_on_cpu_is_sdpa(kind):
     where = {"dtype": torch.float32, "device": torch.device("cpu")}
     assert attention_backend(kind, keys=16, head_size=8, **where) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("keys", "head_size", "on_hopper", "with_fa4", "without"),
+    [
+        (1023, 72, True, "triton", "triton"),
+        (1024, 72, True, "fa4", "triton"),
+        (1024, 72, False, "triton", "triton"),
+        (2048, 72, False, "fa4", "triton"),
+        (2049, 72, True, "fa4", "cudnn"),
+        (1024, 64, True, "cudnn", "cudnn"),
+        (2048, 64, True, "fa4", "cudnn"),
+        (4096, 136, True, "sdpa", "sdpa"),
+    ],
+)
+def test_choice_on_a_gpu_goes_by_what_was_measured(
+    monkeypatch, keys, head_size, on_hopper, with_fa4, without
+):
+    monkeypatch.setattr(kernels, "has_triton", True)
+    monkeypatch.setattr(kernels, "has_cudnn_attention", lambda device: True)
+    monkeypatch.setattr(kernels, "is_hopper", lambda device: on_hopper)
+    where = {"dtype": torch.bfloat16, "device": torch.device("cuda", 0)}
+    for has_fa4, expected in ((True, with_fa4), (False, without)):
+        monkeypatch.setattr(kernels, "has_fa4", lambda device, found=has_fa4: found)
+        choice = attention_backend("self_attention", keys=keys, head_size=head_size, **where)
+        assert choice == expected

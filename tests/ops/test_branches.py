@@ -34,9 +34,7 @@ def _ungated(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _reading_biased(x: Tensor, *rest: Tensor) -> Tensor:
     """The layer's input has its bias in it already."""
-    *inputs, input_bias = rest
-    gate = inputs.pop(0) if len(inputs) == 4 else None
-    h, weight, bias = inputs
+    gate, h, weight, bias, input_bias = rest
     return gated_linear(x, gate, h + input_bias.detach(), weight, bias, input_bias)
 
 
@@ -72,10 +70,6 @@ OPERATIONS = {
         _reading_biased,
         {"x": "x", "gate": "row", "h": "narrow"}
         | {"weight": (D, 6), "bias": (D,), "input_bias": (6,)},
-    ),
-    "added_biased": (
-        _reading_biased,
-        {"x": "x", "h": "inner", "weight": (D, 40), "bias": (D,), "input_bias": (40,)},
     ),
     "gated_mlp": (gated_mlp, _MLP),
     "keeping_mlp": (_keeping_mlp, _MLP),
@@ -184,6 +178,17 @@ def test_detached_bias_costs_no_sum_and_leaves_the_rest(name: str, monkeypatch):
             gradients = torch.autograd.grad(outputs, tuple(learned.values()), incoming)
             for key, gradient in zip(learned, gradients, strict=True):
                 torch.testing.assert_close(gradient, expected[key], rtol=1e-6, atol=1e-6, msg=key)
+
+
+def test_detached_input_bias_costs_nothing(monkeypatch):
+    inputs = _inputs("gated_biased", torch.float32, (T, S))
+    run = OPERATIONS["gated_biased"][0]
+    monkeypatch.delitem(gated_linear.__globals__, "_input_bias_gradient")
+    with kernels_as(FUSED):
+        *learned, input_bias = inputs.values()
+        run(*learned, input_bias.detach()).sum().backward()
+        with pytest.raises(NameError, match="_input_bias_gradient"):
+            run(*learned, input_bias).sum().backward()
 
 
 @pytest.mark.parametrize("name", ["gated_linear", "folded_linear"])

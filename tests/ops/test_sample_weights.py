@@ -63,5 +63,6 @@ def test_operands_that_lie_apart():
         assert value.equal(right)
 
 
-def test_operation_is_what_it_is_registered_as():
-    torch.library.opcheck(module._merge, _inputs((2, 3, 40), torch.float32))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_operation_is_what_it_is_registered_as(dtype: torch.dtype):
+    torch.library.opcheck(module._merge, _inputs((2, 3, 40), dtype))
