@@ -76,6 +76,9 @@ def _run(
         return _joined(lambda piece: forward(_part(x_BND, piece), *rest), x_BND, pieces)
     # Read anew at every call: FSDP gives a module other parameters while they are gathered.
     params = tuple(branch.parameters())
+    if not any(t is not None and t.requires_grad for t in (x_BND, *rest)):
+        # All before is frozen. Else there were no graph in which the inputs are saved.
+        x_BND = x_BND.detach().requires_grad_()
     inputs = _Inputs.apply(x_BND, *rest)
     # In a list, so that it is no input of the graph.
     return _InPieces.apply(forward, pieces, [inputs], len(rest), x_BND, *rest, *params)

@@ -60,6 +60,19 @@ def test_every_model_has_the_gradients_of_one_that_keeps_everything(name, monkey
 
 
 @pytest.mark.parametrize("policy", ["full", "nested"])
+def test_all_before_a_branch_may_be_frozen(policy, monkeypatch):
+    monkeypatch.setattr(branches, "PIECE_TOKENS", 40)
+    case, found = Case("stdit"), {}
+    for name in ("none", policy):
+        model = _checkpointed(case, name)
+        for key, param in model.named_parameters():
+            param.requires_grad_(key == "blocks.0.attn.qkv.bias")
+        loss_of(model, case, inputs_of(case, range(BATCH), dtype=torch.float64)).backward()
+        found[name] = model.blocks[0].attn.qkv.bias.grad
+    torch.testing.assert_close(found[policy], found["none"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("policy", ["full", "nested"])
 def test_the_last_blocks_may_be_kept(policy, monkeypatch):
     monkeypatch.setattr(branches, "PIECE_TOKENS", 40)
     case = Case("stdit", depth=3)
