@@ -10,8 +10,8 @@ from longtake.benchmark.render import headline, number
 # In colours that read on white as on black.
 _TEXT, _PALE, _MIDDLE, _STRONG = "#7a848e", "#b9c9d6", "#8fadc4", "#d0533f"
 _HEIGHT = 0.26
-# Of a bar's figure, and between it and what it stands behind, in floors.
-_FIGURE_WIDTH, _GAP = 0.24, 0.012
+# Of a figure's letter, and between a figure and what it stands behind, of the width of all.
+_LETTER, _GAP = 0.0095, 0.007
 
 
 def plot_table(report: TableReport, path: Path) -> None:
@@ -36,13 +36,13 @@ def plot_table(report: TableReport, path: Path) -> None:
         figsize=(9, 1.6 + 0.95 * max(1, len(rows))), dpi=160, layout="constrained"
     )
     labelled: set[str] = set()
-    longest = 1.0
+    lengths = [value / _unit(row) for row in rows for _, value, _ in _bars(row)]
+    width = 1.3 * max((1.0, *lengths))  # room for the figures
     for place, row in enumerate(rows):
         unit = _unit(row)
         bars = _bars(row)
         for slot, (label, value, colour) in enumerate(bars):
             middle = place + (slot - (len(bars) - 1) / 2) * _HEIGHT
-            longest = max(longest, value / unit)
             axes.barh(
                 middle,
                 value / unit,
@@ -51,10 +51,11 @@ def plot_table(report: TableReport, path: Path) -> None:
                 label=label if label not in labelled else None,
             )
             labelled.add(label)
+            figure_text = f"{number(value)} samples/s"
             axes.text(
-                _figure_place(row, value / unit),
+                _figure_place(row, value / unit, len(figure_text), width),
                 middle,
-                f"{number(value)} samples/s",
+                figure_text,
                 va="center",
                 fontsize=7,
                 color=_TEXT,
@@ -66,7 +67,7 @@ def plot_table(report: TableReport, path: Path) -> None:
             labelled.add("floor")
     axes.set_yticks(range(len(rows)), [row.title for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)  # the first on top
-    axes.set_xlim(0, 1.3 * longest)  # room for the figures
+    axes.set_xlim(0, width)
     axes.set_xlabel("samples/s, relative to the row's floor (or own speed)", color=_TEXT)
     axes.set_title(headline(report), color=_TEXT, fontsize=10)
     axes.tick_params(colors=_TEXT)
@@ -80,10 +81,12 @@ def plot_table(report: TableReport, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _figure_place(row: RowReport, end: float) -> float:
-    """Where a bar's figure begins: behind its end, and behind the floor's mark if that is near."""
-    is_near = row.floor_samples_per_second is not None and 1 - _FIGURE_WIDTH < end < 1
-    return (1.0 if is_near else end) + _GAP
+def _figure_place(row: RowReport, end: float, num_letters: int, width: float) -> float:
+    """Where a bar's figure begins: behind its end, or behind the floor's mark if it would cross
+    that."""
+    start, letters = end + _GAP * width, num_letters * _LETTER * width
+    has_mark = row.floor_samples_per_second is not None
+    return 1 + _GAP * width if has_mark and start < 1 < start + letters else start
 
 
 def _unit(row: RowReport) -> float:
