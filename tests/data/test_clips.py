@@ -14,6 +14,7 @@ from longtake.data import (
     probe,
     read_clip,
     read_manifest,
+    write_video,
 )
 from longtake.data.clips import _HELDOUT, _TRAIN, CLASSES, HEIGHT, _package_videos
 from longtake.data.stream import Bucket
@@ -45,6 +46,15 @@ def test_what_a_broken_off_call_left_out_is_added(tmp_path: Path) -> None:
     assert clip.read_bytes() == content
     assert train.stat().st_mtime_ns == kept
     assert len(read_manifest(heldout)) == len(_HELDOUT)
+
+
+def test_the_same_pixels_give_the_same_bytes(clips: Path, tmp_path: Path) -> None:
+    pixels = read_clip(clips / "bikes-030-076-96p.mp4", num_frames=46)
+    contents = set()
+    for number in range(8):
+        write_video(tmp_path / f"{number}.mp4", pixels, fps=25)
+        contents.add((tmp_path / f"{number}.mp4").read_bytes())
+    assert len(contents) == 1
 
 
 def test_train_and_held_out_ranges_do_not_overlap() -> None:
