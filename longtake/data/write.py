@@ -48,8 +48,8 @@ def write_video(path: str | os.PathLike[str], pixels_TCHW: Tensor, fps: float) -
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames_THWC.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        # crf 16 is visually lossless. One thread makes the bytes the same everywhere, without x264's
-        # mbtree, whose code for AVX-512 gives others from call to call.
+        # crf 16 is visually lossless. One thread makes the bytes the same everywhere; so it is
+        # without x264's mbtree, whose code for AVX-512 gives others from call to call.
         stream.options = {"crf": "16", "preset": "medium", "mbtree": "0"}
         stream.codec_context.thread_count = 1
         stream.codec_context.colorspace = _BT709
