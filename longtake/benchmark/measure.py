@@ -314,6 +314,7 @@ def checkpointing_name(config: ParallelConfig) -> str:
     """The policy as reports show it."""
     name = config.checkpointing + (f" ({config.pieces})" if config.pieces != "all" else "")
     name += ", offloaded" if config.offload else ""
+    name += f" but {config.kept_inputs} inputs" if config.kept_inputs else ""
     return name + (f", {config.kept_blocks} blocks kept" if config.kept_blocks else "")
 
 
@@ -347,6 +348,7 @@ def as_plain(config: RunConfig) -> RunConfig:
             compile=False,
             checkpointing="none",
             offload=False,
+            kept_inputs=0,
             kept_blocks=0,
             pieces="all",
         ),

@@ -66,6 +66,7 @@ def run_record(
             "compiled_blocks": is_compiled(config.parallel, mesh.device),
             "activation_checkpointing": config.parallel.checkpointing,
             "offload": config.parallel.offload,
+            "kept_inputs": config.parallel.kept_inputs,
             "kernels": {
                 f"{bucket.num_frames}x{bucket.height}x{bucket.width}": kernels_by_layer(
                     config, latents_of_bucket(video_encoder, bucket), mesh.device

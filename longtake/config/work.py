@@ -97,6 +97,7 @@ def predicted_peak(
         checkpointing=config.parallel.checkpointing,
         objective=config.diffusion.objective,
         offload=config.parallel.offload,
+        kept_inputs=config.parallel.kept_inputs,
         kept_blocks=config.parallel.kept_blocks,
         pieces=config.parallel.pieces,
         zero=config.parallel.zero,

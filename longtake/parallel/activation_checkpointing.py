@@ -21,6 +21,7 @@ def checkpoint_blocks(
     policy: CheckpointingPolicy,
     *,
     offload: bool = False,
+    kept_inputs: int = 0,
     kept_blocks: int = 0,
     pieces: Pieces = "all",
 ) -> None:
@@ -30,7 +31,8 @@ def checkpoint_blocks(
     tokens and activations. "full" keeps a block's input alone; so does "nested", and of a block
     computed again each branch of those in `pieces` keeps its inputs alone, to be computed once
     more, in pieces of the tokens. With `offload` the inputs of blocks wait for the backward in host
-    memory. The last `kept_blocks` blocks, whose backward comes first, are "selective" all the same.
+    memory, but the last `kept_inputs` of them. The last `kept_blocks` blocks, whose backward comes
+    first, are "selective" all the same.
 
     Branches have a switch `recompute` for the first. For the others the forward of the instance is
     wrapped, not the module: parameter names stay what they are, and hooks on the module (those of
@@ -52,4 +54,5 @@ def checkpoint_blocks(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
             )
         if offload and policy in BY_BLOCK:
-            block.forward = stream.around(block.forward, is_first=number == 0)
+            stays = number >= len(blocks) - kept_blocks - kept_inputs
+            block.forward = stream.around(block.forward, is_first=number == 0, stays=stays)

@@ -72,6 +72,10 @@ class ParallelConfig:
     offload: bool = False
     """Keep the inputs of blocks in host memory from forward to backward; for checkpointing full or
     nested."""
+    kept_inputs: int = 0
+    """With offload: of so many checkpointed blocks, the last, the inputs stay on the GPU all the
+    same. As many as memory holds: each spares its size of pinned memory, and the way there and
+    back."""
     timeout_seconds: int = 600
     """How long anything may take (a forward with its backward, a save, the wait for a batch or for
     another process) before the run is given up as hung."""
@@ -98,6 +102,11 @@ class ParallelConfig:
                 f"parallel.offload takes what checkpointed blocks keep to host memory, but "
                 f"parallel.checkpointing={self.checkpointing} does not checkpoint blocks: use "
                 f"{' or '.join(BY_BLOCK)}"
+            )
+        if self.kept_inputs < 0 or (self.kept_inputs and not self.offload):
+            raise ValueError(
+                f"parallel.kept_inputs={self.kept_inputs} with parallel.offload={self.offload}: "
+                "expected 0, or with offload a number of blocks whose inputs stay on the GPU"
             )
 
 

@@ -7,6 +7,8 @@ holds two of them, whatever the depth.
 
     compute     block 0   block 1   block 2   block 3 │ block 3   block 2   block 1   block 0
     copy                  x0 out    x1 out            │           x1 in     x0 in
+
+The last inputs may stay, as many as the GPU has memory for: they are needed first.
 """
 
 from __future__ import annotations
@@ -30,12 +32,19 @@ class StreamOffload:
         self._newest: _Input | None = None
         self._copies: torch.cuda.Stream | None = None
 
-    def around(self, block: Callable[..., Tensor], *, is_first: bool) -> Callable[..., Tensor]:
-        """A checkpointed block whose input goes to the host."""
-        return partial(self._run, block, is_first)
+    def around(
+        self, block: Callable[..., Tensor], *, is_first: bool, stays: bool = False
+    ) -> Callable[..., Tensor]:
+        """A checkpointed block whose input goes to the host, or stays."""
+        return partial(self._run, block, is_first, stays)
 
     def _run(
-        self, block: Callable[..., Tensor], is_first: bool, x_BND: Tensor, *rest: Tensor | None
+        self,
+        block: Callable[..., Tensor],
+        is_first: bool,
+        stays: bool,
+        x_BND: Tensor,
+        *rest: Tensor | None,
     ) -> Tensor:
         if is_first:
             self._newest = None  # of a forward that had no backward
@@ -51,7 +60,7 @@ class StreamOffload:
             # share their memory.
             if tensor.data_ptr() != place:
                 return tensor
-            self._newest = _Input(tensor, self._newest, self._copies)
+            self._newest = _Input(tensor, self._newest, self._copies, stays=stays)
             return self._newest
 
         def return_(kept: Tensor | _Input) -> Tensor:
@@ -64,8 +73,11 @@ class StreamOffload:
 class _Input:
     """One block's input, on the device, in host memory, or on its way."""
 
-    def __init__(self, x: Tensor, before: _Input | None, copies: torch.cuda.Stream | None) -> None:
+    def __init__(
+        self, x: Tensor, before: _Input | None, copies: torch.cuda.Stream | None, *, stays: bool
+    ) -> None:
         self._x: Tensor | None = x.detach()
+        self._stays = stays
         self._shape, self._dtype, self._device = x.shape, x.dtype, x.device
         self._before, self._copies = before, copies
         self._host: list[Tensor] = []
@@ -88,6 +100,8 @@ class _Input:
 
     def _send(self) -> None:
         """Begins to copy it to the host."""
+        if self._stays:
+            return
         assert self._x is not None
         self._x = self._x.contiguous()
         with self._copying():
@@ -101,8 +115,9 @@ class _Input:
 
     def _let_go(self) -> None:
         """Frees the memory on the device: what uses it next waits for the copy."""
-        self._wait()
-        self._x = None
+        if not self._stays:
+            self._wait()
+            self._x = None
 
     def _fetch(self) -> None:
         """Begins to copy it back, if it is not there."""

@@ -41,6 +41,7 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
         blocks,
         config.checkpointing,
         offload=config.offload,
+        kept_inputs=config.kept_inputs,
         kept_blocks=config.kept_blocks,
         pieces=config.pieces,
     )

@@ -120,6 +120,7 @@ def peak_memory(
     checkpointing: str,
     objective: str = "iddpm",
     offload: bool = False,
+    kept_inputs: int = 0,
     kept_blocks: int = 0,
     pieces: str = "all",
     zero: int = 3,
@@ -146,9 +147,9 @@ def peak_memory(
     "selective" computes normalized tokens and the GELU again: one less a norm, r less for the MLP.
     "full" keeps a block's input, and one block as "none" does; "nested" keeps a block's input and,
     of one block, the inputs of its branches, with pieces "pointwise" what its self-attention keeps
-    in place of their inputs. Offloaded, two inputs of blocks are there. Of kept_blocks blocks at
-    the end "selective" keeps what it does; they are done with when the first checkpointed one is
-    computed again.
+    in place of their inputs. Offloaded, two inputs of blocks are there, or the last kept_inputs. Of
+    kept_blocks blocks at the end "selective" keeps what it does; they are done with when the first
+    checkpointed one is computed again.
 
     The MLP's backward, which begins a block's, adds one gradient of the inner tensor and four
     others: r + 4; 3r + 2 where the GELU is computed again. Nested, it is that of a piece,
@@ -187,10 +188,10 @@ def peak_memory(
     backward = (mlp_ratio + 4) * tensor
     selective_backward = (3 * mlp_ratio + 2) * tensor
     checkpointed = depth - kept_blocks
-    inputs = min(_OFFLOADED_INPUTS, checkpointed) if offload else checkpointed
+    late = min(_OFFLOADED_INPUTS, checkpointed) if offload else 1  # at the first block's backward
+    inputs = min(max(late, kept_inputs), checkpointed) if offload else checkpointed
     other_inputs = (inputs - 1) * tensor  # than that of the block computed again
-    # Offloaded, as many are there at the last but one block's backward as at the first's.
-    late_inputs = other_inputs if offload else 0
+    late_inputs = (late - 1) * tensor
     match checkpointing:
         case "none":
             kept, first, working = depth * own, own, backward

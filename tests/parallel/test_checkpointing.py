@@ -170,18 +170,30 @@ def _note_inputs(model) -> list[StorageWeakRef]:
 
 @pytest.mark.parametrize(
     ("policy", "offload", "kept"),
-    # Offloaded: the newest, the one that leaves.
-    [("full", False, 6), ("nested", False, 6), ("full", True, 2), ("nested", True, 2)],
+    # Offloaded: the newest, the one that leaves; or the last, where they stay.
+    [
+        ("full", {}, 6),
+        ("nested", {}, 6),
+        ("full", {"offload": True}, 2),
+        ("nested", {"offload": True}, 2),
+        ("full", {"offload": True, "kept_inputs": 1}, 2),
+        ("nested", {"offload": True, "kept_inputs": 4}, 4),
+        ("full", {"offload": True, "kept_inputs": 3, "kept_blocks": 1}, 4),
+        ("full", {"offload": True, "kept_inputs": 9}, 6),
+    ],
 )
 @pytest.mark.parametrize("name", ["stdit", "latte"])
 def test_inputs_of_blocks_are_there_as_long_as_they_must_be(name, policy, offload, kept):
     case = Case(name, depth=6)
-    model = _checkpointed(case, policy, offload=offload)
+    model = _checkpointed(case, policy, **offload)
     noted = _note_inputs(model)
     loss = loss_of(model, case, inputs_of(case, range(BATCH), dtype=torch.float64))
     assert sum(not storage.expired() for storage in noted) == kept
     loss.backward()
     assert sum(not storage.expired() for storage in noted) == 0, "and loss is there still"
+    if offload:
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert_same((float(loss.detach()), gradients), case, tolerance=1e-12, dtype=torch.float64)
 
 
 def test_gradients_of_pieces_are_summed_in_fp32(monkeypatch):
@@ -308,6 +320,13 @@ def test_offloaded_inputs_leave_the_device_and_come_back_as_they_were():
 def test_offload_without_checkpointed_blocks_is_refused():
     with pytest.raises(ValueError, match=r"checkpointing=selective .* full or nested"):
         ParallelConfig(offload=True)
+
+
+def test_inputs_stay_only_where_others_leave():
+    with pytest.raises(ValueError, match=r"kept_inputs=2 with parallel.offload=False"):
+        ParallelConfig(checkpointing="nested", kept_inputs=2)
+    with pytest.raises(ValueError, match=r"kept_inputs=-1"):
+        ParallelConfig(checkpointing="nested", offload=True, kept_inputs=-1)
 
 
 @pytest.mark.gpu

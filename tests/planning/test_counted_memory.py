@@ -34,6 +34,18 @@ def test_what_is_predicted_is_what_tensors_take(name, model, sp, fields):
     assert predicted.total - predicted.states == pytest.approx(counted, rel=0.03)
 
 
+def test_inputs_that_stay_are_counted():
+    config = preset("stdit-xl2-360x512")
+    fields = {"sp": 2, "checkpointing": "nested", "offload": True, "kept_inputs": 4}
+    config = replace(
+        config,
+        model=replace(config.model, depth=6),
+        parallel=replace(config.parallel, **fields),
+    )
+    counted, predicted = count_and_predict(config)
+    assert predicted.total - predicted.states == pytest.approx(counted, rel=0.03)
+
+
 @pytest.mark.parametrize("objective", ["iddpm", "flow"])
 def test_latents_that_a_loss_holds(objective):
     predicted = peak_memory(
