@@ -44,7 +44,7 @@ def begin_update_kernel(
 
 @triton.jit
 def adamw_ema_kernel(
-    addresses_RP,  # int64, (6, P): parameters, gradients, both moments, averages, steps
+    addresses_RP,  # int64, (R, P): parameters, gradients, both moments, averages, perhaps copies
     sizes_P,  # int64, (P,)
     chunks_2C,  # int32, (2, C)
     corrections_2P,  # fp32, (2, P)
@@ -58,6 +58,7 @@ def adamw_ema_kernel(
     shrink,  # lr * weight_decay
     ema_rate,
     GRADIENT: tl.constexpr,  # dtype of the gradients
+    COPY: tl.constexpr,  # and of the parameters' copies, or None
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -71,6 +72,9 @@ def adamw_ema_kernel(
     exp_avg = tl.load(row + 2 * num_tensors) + start * 4
     exp_avg_sq = tl.load(row + 3 * num_tensors) + start * 4
     average = tl.load(row + 4 * num_tensors) + start * 4
+    copy = param  # for nobody
+    if COPY is not None:
+        copy = tl.load(row + 5 * num_tensors) + start * (COPY.primitive_bitwidth // 8)
     correction1 = tl.load(corrections_2P + tensor)
     correction2 = tl.load(corrections_2P + num_tensors + tensor)
     factor = tl.load(clip_factor)
@@ -78,18 +82,18 @@ def adamw_ema_kernel(
     count = tl.where(tl.load(applied) == 0, 0, tl.minimum(size - start, CHUNK)).to(tl.int32)
     step_size = lr * correction1
 
-    all_addresses = param | gradient | exp_avg | exp_avg_sq | average
+    all_addresses = param | gradient | exp_avg | exp_avg_sq | average | copy
     if ((all_addresses % 16) == 0) & (count % 4 == 0):
         _update_chunk(
-            param, gradient, exp_avg, exp_avg_sq, average, count // 4 * 4, factor, step_size,
+            param, gradient, exp_avg, exp_avg_sq, average, copy, count // 4 * 4, factor, step_size,
             correction2, one_minus_beta1, one_minus_beta2, eps, shrink, ema_rate,
-            GRADIENT, BLOCK, IS_ALIGNED=True,
+            GRADIENT, COPY, BLOCK, IS_ALIGNED=True,
         )  # fmt: skip
     else:
         _update_chunk(
-            param, gradient, exp_avg, exp_avg_sq, average, count, factor, step_size,
+            param, gradient, exp_avg, exp_avg_sq, average, copy, count, factor, step_size,
             correction2, one_minus_beta1, one_minus_beta2, eps, shrink, ema_rate,
-            GRADIENT, BLOCK, IS_ALIGNED=False,
+            GRADIENT, COPY, BLOCK, IS_ALIGNED=False,
         )  # fmt: skip
 
 
@@ -100,6 +104,7 @@ def _update_chunk(
     exp_avg,
     exp_avg_sq,
     average,
+    copy,
     count,
     factor,
     step_size,
@@ -110,6 +115,7 @@ def _update_chunk(
     shrink,
     ema_rate,
     GRADIENT: tl.constexpr,
+    COPY: tl.constexpr,
     BLOCK: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
 ):
@@ -136,6 +142,8 @@ def _update_chunk(
         tl.store(exp_avg_ptr + place, m, mask=mask)
         tl.store(exp_avg_sq_ptr + place, v, mask=mask)
         tl.store(average_ptr + place, a, mask=mask)
+        if COPY is not None:
+            tl.store(_pointer(copy, COPY, IS_ALIGNED) + place, p.to(COPY), mask=mask)
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from longtake.parallel.mesh import (
 from longtake.parallel.parallelize import is_compiled, parallelize
 from longtake.parallel.shard import (
     drop_gathered,
+    gathered_copies,
     global_norm,
     local_part,
     local_parts,
@@ -53,6 +54,7 @@ __all__ = [
     "drop_gathered",
     "gather_json",
     "gather_rows",
+    "gathered_copies",
     "global_norm",
     "is_compiled",
     "local_part",

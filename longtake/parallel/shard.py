@@ -4,7 +4,7 @@ out."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -48,6 +48,8 @@ def shard_blocks(
     if mesh.size(mesh.ndim - 1) == 1:
         for unit in (*units, model):
             assert isinstance(unit, FSDPModule)
+            # What is gathered stays: the update writes it together with the weights.
+            unit.set_reshard_after_backward(False, recurse=False)
             # The interface has no public name to derive from.
             unit.set_custom_reduce_scatter(_NothingToScatter())  # pyright: ignore[reportArgumentType]
     model.accumulate_shards = accumulate_shards  # pyright: ignore[reportArgumentType]
@@ -113,6 +115,22 @@ def drop_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def gathered_copies(model: nn.Module, params: Mapping[str, Tensor]) -> list[Tensor] | None:
+    """What is still gathered of these parameters, whole and in the dtype of computation, in their
+    order; or None, and nothing of the model is gathered any more.
+
+    One of both between a backward and the next forward, and a lone shard has the first: whoever
+    changes the parameters then writes these, too, and need not gather them again.
+    """
+    shown = dict(model.named_parameters())
+    is_gathered = [shown[name] is not param for name, param in params.items()]
+    if all(is_gathered):
+        return [shown[name].detach() for name in params]
+    if any(is_gathered):
+        drop_gathered(model)
+    return None
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,14 @@ class EmaConfig:
                 f"ema.decay={self.decay} must be in [0, 1): 0.9999 averages over the last 10,000 "
                 "steps or so, 0 keeps no average"
             )
+
+
+class Averaged(NamedTuple):
+    """A parameter and its average, both sharded or not."""
+
+    name: str
+    param: nn.Parameter
+    average: Tensor
 
 
 class Ema:
@@ -56,10 +65,10 @@ class Ema:
         """
         move_averages(list(self.pairs()), 1 - decay_at(step, self.config), applied)
 
-    def pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """(parameter, average), both sharded or not."""
+    def pairs(self) -> Iterator[Averaged]:
+        """All parameters with their averages."""
         for name, param in self._params.items():
-            yield param, self.averages[name]
+            yield Averaged(name, param, self.averages[name])
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -76,7 +85,7 @@ class Ema:
         # Both before and after: the model must not go on with copies that it gathered from other
         # weights.
         drop_gathered(self._model)
-        for param, average in self.pairs():
+        for _, param, average in self.pairs():
             param, average = local_part(param), local_part(average)
             assert param.dtype == average.dtype, "swapping needs fp32 weights"
             held = param.clone()
@@ -86,11 +95,10 @@ class Ema:
 
 
 @torch.no_grad()
-def move_averages(
-    pairs: Sequence[tuple[Tensor, Tensor]], rate: float, applied: Tensor | None = None
-) -> None:
+def move_averages(pairs: Sequence[Averaged], rate: float, applied: Tensor | None = None) -> None:
     """Averages go this part of the way to their parameters, or stay where `applied` is 0.0."""
-    params, averages = (local_parts(tensors) for tensors in zip(*pairs, strict=True))
+    params = local_parts([one.param for one in pairs])
+    averages = local_parts([one.average for one in pairs])
     _lerp_all(averages, params, rate if applied is None else [applied * rate] * len(averages))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from longtake.ops.adamw_ema import adamw_ema, squared_norm
 from longtake.ops.kernels import elementwise
 from longtake.ops.tensor_table import TensorTable
-from longtake.parallel import local_parts, sum_over_shards
+from longtake.parallel import drop_gathered, gathered_copies, local_parts, sum_over_shards
 from longtake.training.ema import Ema, decay_at, move_averages
 from longtake.training.optimizer import apply_update, clip_factor, clip_gradients
 
@@ -46,7 +46,8 @@ def update_weights(
     for group in optimizer.param_groups:
         group["lr"] = lr
     if elementwise(next(model.parameters())) == "triton":
-        return _in_one_pass(optimizer, ema, clip_norm=clip_norm, step=step)
+        return _in_one_pass(model, optimizer, ema, clip_norm=clip_norm, step=step)
+    drop_gathered(model)  # what a lone shard kept of the weights as they were
     norm = clip_gradients(model, clip_norm)
     applied = apply_update(optimizer, norm, lr=lr)
     ema.update(step, applied)
@@ -54,26 +55,32 @@ def update_weights(
 
 
 def _in_one_pass(
-    optimizer: torch.optim.AdamW, ema: Ema, *, clip_norm: float | None, step: int
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    ema: Ema,
+    *,
+    clip_norm: float | None,
+    step: int,
 ) -> tuple[Tensor, Tensor]:
     tables = _tables.setdefault(optimizer, _Tables())
     (group,) = optimizer.param_groups
-    held = [pair for pair in ema.pairs() if pair[0].grad is not None]
+    held = [one for one in ema.pairs() if one.param.grad is not None]
     assert held, "update_weights found no gradient: call it after backward"
-    states = [optimizer.state[param] for param, _ in held]
+    copies = gathered_copies(model, {one.name: one.param for one in held})
+    states = [optimizer.state[one.param] for one in held]
     # Asked for anew at every step: gradients have new memory, and FSDP may move a parameter's.
-    gradients = local_parts([param.grad for param, _ in held if param.grad is not None])
+    gradients = local_parts([one.param.grad for one in held if one.param.grad is not None])
 
     squared = squared_norm(gradients, tables.gradients)
-    norm = sum_over_shards(squared, held[0][0]).sqrt()
+    norm = sum_over_shards(squared, held[0].param).sqrt()
     applied = torch.isfinite(norm).float()
     rate = 1 - decay_at(step, ema.config)
     adamw_ema(
-        local_parts([param for param, _ in held]),
+        local_parts([one.param for one in held]),
         gradients,
         local_parts([state["exp_avg"] for state in states]),
         local_parts([state["exp_avg_sq"] for state in states]),
-        local_parts([average for _, average in held]),
+        local_parts([one.average for one in held]),
         [state["step"] for state in states],
         clip_factor=clip_factor(norm, clip_norm),
         applied=applied,
@@ -82,9 +89,10 @@ def _in_one_pass(
         eps=group["eps"],
         weight_decay=group["weight_decay"],
         ema_rate=rate,
+        copies=copies,
         table=tables.weights,
     )
-    if others := [pair for pair in ema.pairs() if pair[0].grad is None]:
+    if others := [one for one in ema.pairs() if one.param.grad is None]:
         move_averages(others, rate, applied)
     optimizer.zero_grad(set_to_none=True)
     return norm, applied

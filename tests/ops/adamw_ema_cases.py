@@ -29,5 +29,7 @@ def compile_cases() -> list[tuple[str, Callable[[], object]]]:
             ema_rate=1e-4,
         )
         cases.append((f"adamw_ema-{dtype}", update))
+        copies = [param.bfloat16() for param in lists[0]]
+        cases.append((f"adamw_ema-{dtype}-copies", partial(update, copies=copies)))
         cases.append((f"squared_norm-{dtype}", partial(squared_norm, lists[1])))
     return cases

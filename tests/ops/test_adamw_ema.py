@@ -153,6 +153,27 @@ def test_tensors_of_several_chunks(size: int, dtype: torch.dtype):
     assert_as_good(found, by_torch, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+def test_copies_become_the_parameters_rounded(offset: int, dtype: torch.dtype):
+    sizes = (*SIZES, CHUNK + 8)
+    weights, without = Weights(sizes), Weights(sizes)
+    copies = Weights(sizes, dtype=dtype, offset=offset).averages  # anything but the parameters
+    for step in range(2):
+        gradients = gradients_of(step, sizes)
+        weights.update(gradients, copies=copies)
+        without.update(gradients)
+        for copy, param, other in zip(copies, weights.params, without.params, strict=True):
+            assert torch.equal(param, other)
+            assert torch.equal(copy, param.to(dtype))
+    before = [copy.clone() for copy in copies]
+    weights.update(gradients_of(2, sizes), copies=copies, applied=torch.zeros((), device=DEVICE))
+    assert all(map(torch.equal, copies, before))
+    exact = Weights(sizes)
+    exact.update(gradients_of(0, sizes), copies=copies, op=adamw_ema_reference)
+    assert all(torch.equal(c, p.to(dtype)) for c, p in zip(copies, exact.params, strict=True))
+
+
 @pytest.mark.parametrize("applied_before", [False, True], ids=["first", "second"])
 def test_a_skipped_update_keeps_every_bit(applied_before: bool):
     weights, table = Weights(SIZES), TensorTable()

@@ -20,6 +20,7 @@ from longtake.parallel import (
     ParallelConfig,
     branches,
     build_mesh,
+    drop_gathered,
     is_compiled,
     materialize,
     mean_over_processes,
@@ -198,6 +199,7 @@ def sharded(
                 part = loss_of(model, case, inputs)
                 (part / case.accumulation).backward()
             loss += part.detach() / case.accumulation
+        drop_gathered(model)
         gradients = {
             n: read_full(p.grad).cpu() for n, p in model.named_parameters() if p.grad is not None
         }

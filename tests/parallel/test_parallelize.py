@@ -64,6 +64,7 @@ def _one_step(config: ParallelConfig, num_micro_batches: int = 1):
         loss = toy_loss(model, micro_batch) / num_micro_batches
         loss.backward()
         losses.append(loss.detach())
+    drop_gathered(model)  # a lone shard shows what is gathered, whose gradients are elsewhere
     gradients = {name: param.grad for name, param in model.named_parameters()}
     return {
         "loss": float(mean_over_processes(torch.stack(losses).sum())),

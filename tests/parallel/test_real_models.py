@@ -11,6 +11,7 @@ from longtake.models import build_model, init_weights
 from longtake.parallel import (
     ParallelConfig,
     build_mesh,
+    drop_gathered,
     materialize,
     parallelize,
     read_full,
@@ -48,6 +49,7 @@ def gradients_of(model, name: str, samples: slice) -> tuple[torch.Tensor, dict[s
     out = model(latents_BCTHW[samples], t_B[samples], **condition)
     loss = out.float().square().mean()
     loss.backward()
+    drop_gathered(model)
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return loss.detach(), {n: read_full(g) for n, g in grads.items()}
 

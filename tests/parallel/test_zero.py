@@ -7,7 +7,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.models import init_weights
-from longtake.parallel import ParallelConfig, build_mesh, local_part, read_full, start_distributed
+from longtake.parallel import (
+    ParallelConfig,
+    build_mesh,
+    drop_gathered,
+    local_part,
+    read_full,
+    start_distributed,
+)
 from longtake.parallel.mesh import resolve_degrees
 from longtake.pipeline import Trainee, training_step
 from longtake.training import Ema, EmaConfig, OptimizerConfig, build_optimizer
@@ -155,6 +162,7 @@ def _replicated(levels: tuple[int, ...]):
                 sync_gradients(model, is_last=number == MICRO_BATCHES - 1)
                 own = inputs_of(case, range(number, number + 1), step=mesh.dp_rank)
                 loss_of(model, case, own).backward()
+        drop_gathered(model)
         gradients = {n: read_full(p.grad) for n, p in model.named_parameters()}
         results.append((counted.between_replicas, gradients))
     return results

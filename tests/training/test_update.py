@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from longtake.ops.kernels import KernelConfig, kernels_as
-from longtake.parallel import ParallelConfig, local_part
+from longtake.parallel import ParallelConfig, drop_gathered, local_part
 from longtake.training import Ema, EmaConfig, OptimizerConfig, build_optimizer, update_weights
 from longtake.training.optimizer import clip_factor
+from tests.ops.interpreted_bfloat16 import correct_bfloat16
 from tests.processes import run_in_processes
 from tests.toy_model import ToyModel, init_toy, toy_batch, toy_loss
 from tests.training.toy_run import build_run
@@ -59,6 +60,43 @@ def test_fused_update_is_that_of_torch(
                 assert torch.equal(tensor, expected[name])
         for step in range(1, 4):
             assert (digests[step] == digests[step - 1]) == (step == poisoned)
+
+
+def _gathered_once(dropped: bool, poisoned: int | None, swapped: int | None):
+    """Weights, moments and averages after four updates, and whether the weights stayed gathered in
+    bf16 and were those that the shards round to."""
+    correct_bfloat16()
+    run = build_run(ParallelConfig(param_dtype="bf16"), decay=0.5)
+    sharded = dict(run.model.named_parameters())
+    stayed = []
+    with kernels_as(FUSED):
+        for step in range(4):
+            run.step(step, poison=step == poisoned)
+            if step == swapped:
+                with run.ema.swapped_in(), torch.no_grad():
+                    toy_loss(run.model, toy_batch(9))
+            shown = dict(run.model.named_parameters())
+            stayed.append(all(shown[name] is not param for name, param in sharded.items()))
+            for name, param in sharded.items():
+                weight = local_part(param)
+                assert torch.equal(
+                    local_part(shown[name]).float(),
+                    weight.bfloat16().float() if stayed[-1] else weight,
+                )
+            if dropped:
+                drop_gathered(run.model)
+    return run.full(), stayed
+
+
+@pytest.mark.parametrize(
+    ("poisoned", "swapped"), [(None, None), (2, None), (None, 1)], ids=["all", "nan", "swapped"]
+)
+def test_a_lone_process_gathers_weights_once_and_updates_them(poisoned, swapped):
+    expected, _ = run_in_processes(_gathered_once, 1, True, poisoned, swapped)[0]
+    found, stayed = run_in_processes(_gathered_once, 1, False, poisoned, swapped)[0]
+    assert stayed == [step != swapped for step in range(4)]
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def _plain_run(kernels: KernelConfig, clip_norm: float | None, frozen: bool):
