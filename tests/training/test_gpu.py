@@ -68,6 +68,7 @@ def _updates(kernels: KernelConfig, width: int):
     Gradients do not come of the weights: what rounding does to these would come back larger.
     """
     run = build_run(width=width, device="cuda")
+    sharded = list(run.model.parameters())  # after a step the model shows what it gathered
     generator = torch.Generator("cuda").manual_seed(0)
     applied, kernel = [], adamw_ema_kernel.adamw_ema_kernel
     compiled = []
@@ -75,7 +76,7 @@ def _updates(kernels: KernelConfig, width: int):
         for step in range(5):
             loss = toy_loss(run.model, toy_batch(step).to("cuda"))
             loss.backward()
-            for param in run.model.parameters():
+            for param in sharded:
                 gradient = local_part(param.grad)
                 gradient.normal_(generator=generator)
                 if step == 3:

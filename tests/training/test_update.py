@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 
-from longtake.ops.kernels import KernelConfig, kernels_as
+from longtake.ops.kernels import KernelConfig, is_interpreted, kernels_as
 from longtake.parallel import ParallelConfig, drop_gathered, local_part
 from longtake.training import Ema, EmaConfig, OptimizerConfig, build_optimizer, update_weights
 from longtake.training.optimizer import clip_factor
@@ -23,6 +23,7 @@ from tests.training.toy_run import build_run
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 FUSED, TORCH = KernelConfig(elementwise="triton"), KernelConfig(elementwise="reference")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+on_cpu = pytest.mark.skipif(not is_interpreted(), reason="needs the interpreter")
 
 
 def _four_updates(parallel: ParallelConfig, kernels: KernelConfig, poisoned: int | None):
@@ -38,6 +39,7 @@ def _four_updates(parallel: ParallelConfig, kernels: KernelConfig, poisoned: int
     return run.full(), applied, digests
 
 
+@on_cpu
 @pytest.mark.parametrize(
     ("world_size", "parallel"),
     [(1, ParallelConfig()), (2, ParallelConfig()), (4, ParallelConfig(dp_replicate=2))],
@@ -65,8 +67,9 @@ def test_fused_update_is_that_of_torch(
 def _gathered_once(dropped: bool, poisoned: int | None, swapped: int | None):
     """Weights, moments and averages after four updates, and whether the weights stayed gathered in
     bf16 and were those that the shards round to."""
-    correct_bfloat16()
-    run = build_run(ParallelConfig(param_dtype="bf16"), decay=0.5)
+    if is_interpreted():
+        correct_bfloat16()
+    run = build_run(ParallelConfig(param_dtype="bf16"), decay=0.5, device=DEVICE)
     sharded = dict(run.model.named_parameters())
     stayed = []
     with kernels_as(FUSED):
@@ -74,7 +77,7 @@ def _gathered_once(dropped: bool, poisoned: int | None, swapped: int | None):
             run.step(step, poison=step == poisoned)
             if step == swapped:
                 with run.ema.swapped_in(), torch.no_grad():
-                    toy_loss(run.model, toy_batch(9))
+                    toy_loss(run.model, toy_batch(9).to(DEVICE))
             shown = dict(run.model.named_parameters())
             stayed.append(all(shown[name] is not param for name, param in sharded.items()))
             for name, param in sharded.items():
@@ -92,8 +95,10 @@ def _gathered_once(dropped: bool, poisoned: int | None, swapped: int | None):
     ("poisoned", "swapped"), [(None, None), (2, None), (None, 1)], ids=["all", "nan", "swapped"]
 )
 def test_a_lone_process_gathers_weights_once_and_updates_them(poisoned, swapped):
-    expected, _ = run_in_processes(_gathered_once, 1, True, poisoned, swapped)[0]
-    found, stayed = run_in_processes(_gathered_once, 1, False, poisoned, swapped)[0]
+    (expected, _), (found, stayed) = (
+        run_in_processes(_gathered_once, 1, dropped, poisoned, swapped, timeout_seconds=200)[0]
+        for dropped in (True, False)
+    )
     assert stayed == [step != swapped for step in range(4)]
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
@@ -164,6 +169,7 @@ def _two_runs_in_turn():
     ]
 
 
+@on_cpu
 def test_runs_in_one_process_do_not_mix_their_tables():
     digests = run_in_processes(_two_runs_in_turn, 1)[0]
     half = len(digests) // 2
