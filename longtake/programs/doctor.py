@@ -52,7 +52,7 @@ class DoctorCommand:
     max_samples: int | None = None
     """Check only the first so many samples."""
     processes: int = 4
-    """How many decode at once."""
+    """How many decode at once, or compare operations on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     console.print(_table("Environment", findings))
     healthy = all(finding.ok is not False for finding in findings)
     if command.numerics:
-        healthy &= _print_numerics(console)
+        healthy &= _print_numerics(console, command.processes)
     if command.manifest:
         config = replace(_data_config(command), manifest=command.manifest)
         health = inspect_manifest(
@@ -208,7 +208,7 @@ def _table(title: str, findings: list[_Finding]) -> Table:
     return table
 
 
-def _print_numerics(console: Console) -> bool:
+def _print_numerics(console: Console, processes: int) -> bool:
     """Compare implementations with plain torch, a line each as it comes; whether all are right."""
     from longtake.ops import numerics  # defines every kernel, which takes a moment
 
@@ -221,7 +221,9 @@ def _print_numerics(console: Console) -> bool:
         for name, problem in absent.items():
             console.print(f"{name} is not checked: {problem}", markup=False, soft_wrap=True)
     start, num_checks, num_failed = time.perf_counter(), 0, 0
-    for result in numerics.run_checks(device):
+    # On a GPU nearly all of the time is compiling, on a CPU computing.
+    processes = processes if device.type == "cuda" else 0
+    for result in numerics.run_checks(device, processes=processes):
         check = result.check
         columns = (
             f"{check.operation:18}  {check.implementation:6}  {check.dtype_name:8}  "

@@ -1,5 +1,6 @@
 """The comparison of every implementation with plain torch, and what follows from a failure."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,15 @@ import torch
 from longtake import ops
 from longtake.ops import attention, gelu, kernels, numerics, text_attention
 from longtake.ops.kernels import KernelConfig, kernels_as
-from longtake.ops.numerics import AttentionUse, Check, checks, run_check, run_checks, verify_chosen
+from longtake.ops.numerics import (
+    AttentionUse,
+    Check,
+    checks,
+    run_check,
+    run_checks,
+    run_checks_apart,
+    verify_chosen,
+)
 from longtake.ops.numerics_operations import OPERATIONS
 
 torch.set_num_threads(1)
@@ -189,6 +198,40 @@ def test_a_failure_does_not_stop_the_rest(monkeypatch):
     results = list(run_checks(CPU, only=["self_attention", "cross_attention"]))
     passed = {result.check.operation: result.passed for result in results}
     assert passed == {"self_attention": False, "cross_attention": True}
+
+
+def outcomes(results):
+    return [(result.check, result.passed, result.error, result.detail) for result in results]
+
+
+def test_checks_in_processes_are_those_of_one_in_the_same_order(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    only = ["self_attention", "cross_attention"]
+    apart = outcomes(run_checks(CPU, only=only, processes=2))
+    assert apart == outcomes(run_checks(CPU, only=only))
+    assert {check.operation for check, *_ in apart} == set(only)
+
+
+class Deadly(Check):
+    """Kills the process that is to run it."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_process_that_dies_is_one_failure():
+    shape = {"B": 2, "N": 20, "A": 2, "E": 8}
+    bad = Deadly(operation="gelu", implementation="triton", dtype=torch.float32, shape=shape)
+    results = list(run_checks_apart([self_check(), bad, self_check()], CPU, 1))
+    assert [result.passed for result in results] == [True, False, True]
+    assert results[1].check is bad
+    assert results[1].detail == "its process died"
+
+
+def test_a_device_that_no_longer_runs_is_a_failure():
+    results = list(run_checks_apart([self_check(), self_check()], torch.device("meta"), 1))
+    assert [result.passed for result in results] == [False, False]
+    assert all("broke the device for this process" in result.detail for result in results)
 
 
 # Before training.
