@@ -311,11 +311,12 @@ def _printer(mesh: Mesh) -> Callable[[str], None]:
 
 
 _CURVE = """\
-Train one configuration twice, on the fast path and on plain fp32 torch, and compare the losses:
---preset NAME or --config FILE, dotted overrides as in train. Needs real clips, as train does.
+Train one configuration on the fast path, on plain torch in the same precision and on plain fp32
+torch, and compare the losses: --preset NAME or --config FILE, dotted overrides as in train. Needs
+real clips, as train does.
 
-  --curve-steps N        optimizer steps of both runs; default 200
-  --output DIR           folder for curve.json, curve.md, curve.png and both runs
+  --curve-steps N        optimizer steps of each run; default 200
+  --output DIR           folder for curve.json, curve.md, curve.png and the runs
 """
 
 
@@ -343,8 +344,9 @@ def _curve(arguments: list[str]) -> int:
     except ImportError as error:
         print(f"no plot: {error}")
     print(
-        f"{len(curve.steps)} steps: a loss differs by {curve.mean_difference:.2%} on average, by "
-        f"{curve.largest_difference:.2%} at most; bias {curve.bias:+.3%}"
+        f"{len(curve.steps)} steps; a loss differs from plain fp32's, fast path: "
+        f"{curve.difference(curve.fast)}; plain in its precision: "
+        f"{curve.difference(curve.plain_same)}"
     )
     print(f"written: {folder}")
     return 0
