@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ def describe_graphs() -> Graphs:
     from torch._dynamo.utils import counters, get_compilation_metrics
 
     reasons = [
-        " ".join(str(entry.recompile_reason).split())
+        _guards(str(entry.recompile_reason))
         for entry in get_compilation_metrics()
         if entry.recompile_reason
     ]
@@ -42,3 +43,13 @@ def describe_graphs() -> Graphs:
         breaks={str(reason): int(count) for reason, count in counters["graph_break"].items()},
         recompiled=tuple(dict.fromkeys(reasons)),
     )
+
+
+def _guards(reason: str) -> str:
+    """The guards that failed, without their places in the code and the stacks under them."""
+    guards = [
+        line.split(" # ")[0].strip(" -")
+        for line in reason.splitlines()
+        if re.match(r"[\s-]*\d+/\d+: ", line)
+    ]
+    return "; ".join(guards) or " ".join(reason.split())

@@ -1,7 +1,9 @@
-"""A table as a picture: each row's bars as shares of its floor, or of its own speed."""
+"""A table as a picture: each row's bars as shares of its floor, or of the best of its kind."""
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from longtake.benchmark.records import RowReport, TableReport
@@ -18,7 +20,7 @@ def plot_table(report: TableReport, path: Path) -> None:
     """Draw every measured row: Longtake, plain torch, best elsewhere, and the floor as a mark.
 
     Rows differ by a factor of thousands in samples per second, so each is drawn relative to its
-    floor; one without a floor relative to Longtake's own speed.
+    floor; one without a floor relative to the fastest of those that share its baseline.
 
     Raises: ImportError with the install command when matplotlib is missing.
     """
@@ -36,10 +38,11 @@ def plot_table(report: TableReport, path: Path) -> None:
         figsize=(9, 1.6 + 0.95 * max(1, len(rows))), dpi=160, layout="constrained"
     )
     labelled: set[str] = set()
-    lengths = [value / _unit(row) for row in rows for _, value, _ in _bars(row)]
+    units = _units(rows)
+    lengths = [value / units[row.key] for row in rows for _, value, _ in _bars(row)]
     width = 1.3 * max((1.0, *lengths))  # room for the figures
     for place, row in enumerate(rows):
-        unit = _unit(row)
+        unit = units[row.key]
         bars = _bars(row)
         for slot, (label, value, colour) in enumerate(bars):
             middle = place + (slot - (len(bars) - 1) / 2) * _HEIGHT
@@ -65,11 +68,13 @@ def plot_table(report: TableReport, path: Path) -> None:
             label = "floor by arithmetic" if "floor" not in labelled else None
             axes.plot([1, 1], [bottom, top], color=_TEXT, linewidth=2, label=label)
             labelled.add("floor")
-    axes.set_yticks(range(len(rows)), [row.title for row in rows])
+    axes.set_yticks(range(len(rows)), [textwrap.fill(row.title, 44) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)  # the first on top
     axes.set_xlim(0, width)
-    axes.set_xlabel("samples/s, relative to the row's floor (or own speed)", color=_TEXT)
-    axes.set_title(headline(report), color=_TEXT, fontsize=10)
+    has_floors = any(row.floor_samples_per_second is not None for row in rows)
+    unit_name = "the row's floor" if has_floors else "the fastest of its kind"
+    axes.set_xlabel(f"samples/s, relative to {unit_name}", color=_TEXT)
+    figure.suptitle(headline(report), color=_TEXT, fontsize=10)
     axes.tick_params(colors=_TEXT)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color(_TEXT)
@@ -89,9 +94,17 @@ def _figure_place(row: RowReport, end: float, num_letters: int, width: float) ->
     return 1 + _GAP * width if has_mark and start < 1 < start + letters else start
 
 
-def _unit(row: RowReport) -> float:
-    assert row.fast.measurement is not None
-    return row.floor_samples_per_second or row.fast.measurement.samples_per_second
+def _units(rows: Sequence[RowReport]) -> dict[str, float]:
+    """What is drawn as 1, by the row's key."""
+    units, fastest = {}, {}
+    for row in rows:
+        assert row.fast.measurement is not None
+        units[row.key] = row.floor_samples_per_second
+        if units[row.key] is None:
+            kind = row.baseline or row.key
+            speed = row.fast.measurement.samples_per_second
+            fastest[kind] = max(fastest.get(kind, 0.0), speed)
+    return {row.key: units[row.key] or fastest[row.baseline or row.key] for row in rows}
 
 
 def _bars(row: RowReport) -> list[tuple[str, float, str]]:

@@ -169,8 +169,8 @@ def profile_notes(found: Profile) -> list[str]:
     split, graphs = found.split, found.graphs
     breaks = sum(graphs.breaks.values())
     lines = [
-        f"{split.launches:g} kernels and {split.copies:g} copies a step; without the profiler a "
-        f"step takes {number(found.unprofiled_step_ms)} ms",
+        f"{split.launches:g} kernels and {split.copies:g} copies and fills a step; without "
+        f"the profiler a step takes {number(found.unprofiled_step_ms)} ms",
         f"{graphs.compiled} graphs compiled, {found.compiled_meanwhile} of them in the profiled "
         f"steps; {breaks} graph breaks, {len(graphs.recompiled)} reasons of recompilation",
     ]

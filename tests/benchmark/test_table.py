@@ -194,6 +194,24 @@ def test_plot_shows_rows_that_were_measured(tmp_path):
     plot_table(replace(report, rows=()), tmp_path / "empty.png")
 
 
+def test_plot_draws_rows_without_a_floor_beside_the_fastest_of_their_kind(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    report, _ = _measure(_Device())
+    one = next(row for row in report.rows if row.fast.measurement is not None)
+    assert one.fast.measurement is not None
+    slow = replace(one, key="slow", baseline=None, floor_samples_per_second=None, plain=None)
+    twice = replace(
+        one.fast.measurement, samples_per_second=2 * one.fast.measurement.samples_per_second
+    )
+    fast = replace(slow, key="fast", baseline="slow", fast=replace(one.fast, measurement=twice))
+    other = replace(slow, key="other")
+    plot_table(replace(report, rows=(slow, fast, other)), tmp_path / "plot.png")
+    axes = pyplot.gcf().axes[0]
+    widths = [bar.get_width() for bar in axes.patches if bar.get_facecolor()[0] > 0.8]
+    assert widths == pytest.approx([0.5, 1.0, 1.0])
+
+
 TWO = [row(f"stdit-64x512{end}") for end in ("", "-dp2", "-sp2")] + [row("stdit-16x256-dp2")]
 
 
