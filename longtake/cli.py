@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import time
@@ -43,15 +44,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: unknown command {name!r}: {hint}", file=sys.stderr)
         return 2
     try:
-        return _program(name)(rest)
+        return _run(name, rest)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
         status = _status(error)
         if status is None:
             raise
         _tell(error)
         return status
+
+
+def _run(name: str, rest: Sequence[str]) -> int:
+    try:
+        status = _program(name)(rest)
+    except SystemExit:  # after --help
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()  # a reader that has gone is noticed here, not when Python ends
+    return status
+
+
+def _nobody_reads() -> bool:
+    """Whether whoever read the output has gone, as `head` does; then nothing more is written."""
+    stdout = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(stdout, 0)  # asks for errors alone
+    has_gone = any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+    if has_gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return has_gone
 
 
 def _status(error: Exception) -> int | None:

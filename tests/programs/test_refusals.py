@@ -3,6 +3,9 @@
 import contextlib
 import json
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -246,3 +249,13 @@ def test_fresh_is_refused_where_every_restart_would_begin_anew(tmp_path, manifes
     assert refused.status == 2
     assert "--fresh does not go with torchrun --max-restarts" in refused.err
     assert not run_folder(config).exists()
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    """As behind `| head`: no traceback, and the status of a process that nobody reads."""
+    command = [sys.executable, "-m", "longtake", "plan", "disk", "--help"]
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
