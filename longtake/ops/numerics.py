@@ -3,19 +3,14 @@
 Kernels have been wrong on one kind of GPU, at one head size, in one gradient, without a word. So
 each is measured here, forward and backward: its largest error against float64 may be twice that of
 plain torch in the same dtype. `longtake doctor --numerics` checks all of them, and training checks
-those it is about to use.
+those it is about to use. `longtake.ops.numerics_apart` spreads checks over processes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby
-from multiprocessing import get_context
-from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -106,79 +101,11 @@ def absent(device: torch.device) -> dict[str, str]:
     return problems
 
 
-def run_checks(
-    device: torch.device, *, only: Collection[str] | None = None, processes: int = 0
-) -> Iterator[Result]:
-    """Runs `checks`, those of the operations named in `only` if it is given, and yields in their
-    order. With processes, in so many beside this one: most of a check is compiling."""
-    chosen = [check for check in checks(device) if only is None or check.operation in only]
-    if processes:
-        yield from run_checks_apart(chosen, device, processes)
-    else:
-        for check in chosen:
+def run_checks(device: torch.device, *, only: Collection[str] | None = None) -> Iterator[Result]:
+    """Runs `checks` one after the other, those of the operations named in `only` if it is given."""
+    for check in checks(device):
+        if only is None or check.operation in only:
             yield run_check(check, device)
-
-
-def run_checks_apart(
-    chosen: Sequence[Check], device: torch.device, processes: int
-) -> Iterator[Result]:
-    """`run_check` of each, in their order. One that breaks the device or kills its process has
-    failed; a new process goes on with those after it."""
-    # Checks that share a compiled kernel stay together.
-    groups = groupby(chosen, key=lambda check: (check.operation, check.implementation, check.dtype))
-    workers = [_Worker(device) for _ in range(processes)]
-    idle: SimpleQueue[_Worker] = SimpleQueue()
-    for worker in workers:
-        idle.put(worker)
-
-    def run_group(group: list[Check]) -> list[Result]:
-        worker = idle.get()
-        try:
-            return [worker.run(check) for check in group]
-        finally:
-            idle.put(worker)
-
-    try:
-        with ThreadPoolExecutor(processes) as threads:
-            for results in threads.map(run_group, [list(group) for _, group in groups]):
-                yield from results
-    finally:
-        for worker in workers:
-            worker.close()
-
-
-class _Worker:
-    """A process for one check after the other, another one whenever that has come to an end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool: ProcessPoolExecutor | None = None
-
-    def run(self, check: Check) -> Result:
-        if self._pool is None:
-            # A forked process could not use the GPU.
-            self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        start = time.perf_counter()
-        try:
-            return self._pool.submit(run_check, check, self._device).result()
-        except BrokenProcessPool:
-            detail = "its process died"
-        except RuntimeError as raised:
-            detail = str(raised)
-        self.close()
-        return Result(
-            check=check,
-            passed=False,
-            error=float("nan"),
-            allowed=0.0,
-            detail=detail,
-            seconds=time.perf_counter() - start,
-        )
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
 
 
 def verify_chosen(

@@ -421,6 +421,8 @@ def _update(adamw_ema: Callable[..., Outputs]) -> Callable[..., Outputs]:
         *before, gradient = tensors
         one = torch.ones((), device=gradient.device)
         param, exp_avg, exp_avg_sq, average = after = [tensor.clone() for tensor in before]
+        is_exact = param.dtype == torch.float64
+        copy = torch.zeros_like(param, dtype=torch.float64 if is_exact else torch.bfloat16)
         adamw_ema(
             [param],
             [gradient],
@@ -436,8 +438,9 @@ def _update(adamw_ema: Callable[..., Outputs]) -> Callable[..., Outputs]:
             eps=1e-8,
             weight_decay=0.1,
             ema_rate=0.3,
+            copies=[copy],
         )
-        return tuple(after)
+        return *after, copy
 
     return update
 
@@ -457,7 +460,7 @@ _OPTIMIZER = {
         "adamw_ema",
         _draw_update,
         adapt=_update,
-        outputs=_UPDATED,
+        outputs=(*_UPDATED, "copy"),
         float32_inputs=frozenset(_UPDATED),
         is_differentiable=False,
         **_OPTIMIZER_SHAPES,

@@ -52,7 +52,7 @@ class DoctorCommand:
     max_samples: int | None = None
     """Check only the first so many samples."""
     processes: int = 4
-    """How many decode at once, or compare operations on a GPU."""
+    """How many decode at once, or compare operations on a GPU; 0 compares in this one."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class _Finding:
 def main(arguments: Sequence[str]) -> int:
     """`longtake doctor`: 0 when nothing is wrong, 1 otherwise."""
     command = tyro.cli(DoctorCommand, prog="longtake doctor", args=list(arguments))
+    if command.processes < 0:
+        raise ValueError(f"--processes {command.processes}: expected 0 or more")
     console = Console()
     findings = [*_machine(), *_attention(), *_processes(), *_codecs(), *_packages()]
     console.print(_table("Environment", findings))
@@ -211,6 +213,7 @@ def _table(title: str, findings: list[_Finding]) -> Table:
 def _print_numerics(console: Console, processes: int) -> bool:
     """Compare implementations with plain torch, a line each as it comes; whether all are right."""
     from longtake.ops import numerics  # defines every kernel, which takes a moment
+    from longtake.ops.numerics_apart import run_checks_apart
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console.print(f"\nOperations on {device}: largest error against float64, and what is allowed")
@@ -222,8 +225,11 @@ def _print_numerics(console: Console, processes: int) -> bool:
             console.print(f"{name} is not checked: {problem}", markup=False, soft_wrap=True)
     start, num_checks, num_failed = time.perf_counter(), 0, 0
     # On a GPU nearly all of the time is compiling, on a CPU computing.
-    processes = processes if device.type == "cuda" else 0
-    for result in numerics.run_checks(device, processes=processes):
+    if device.type == "cuda" and processes:
+        results = run_checks_apart(numerics.checks(device), device, processes)
+    else:
+        results = numerics.run_checks(device)
+    for result in results:
         check = result.check
         columns = (
             f"{check.operation:18}  {check.implementation:6}  {check.dtype_name:8}  "

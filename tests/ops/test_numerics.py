@@ -1,15 +1,17 @@
 """The comparison of every implementation with plain torch, and what follows from a failure."""
 
+import multiprocessing
 import os
 import re
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from longtake import ops
-from longtake.ops import attention, gelu, kernels, numerics, text_attention
+from longtake.ops import attention, gelu, kernels, numerics, numerics_apart, text_attention
 from longtake.ops.kernels import KernelConfig, kernels_as
 from longtake.ops.numerics import (
     AttentionUse,
@@ -17,9 +19,9 @@ from longtake.ops.numerics import (
     checks,
     run_check,
     run_checks,
-    run_checks_apart,
     verify_chosen,
 )
+from longtake.ops.numerics_apart import run_checks_apart
 from longtake.ops.numerics_operations import OPERATIONS
 
 torch.set_num_threads(1)
@@ -206,32 +208,65 @@ def outcomes(results):
 
 def test_checks_in_processes_are_those_of_one_in_the_same_order(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    only = ["self_attention", "cross_attention"]
-    apart = outcomes(run_checks(CPU, only=only, processes=2))
-    assert apart == outcomes(run_checks(CPU, only=only))
-    assert {check.operation for check, *_ in apart} == set(only)
+    chosen = [check for check in checks(CPU) if check.operation.endswith("s_attention")]
+    chosen = [self_check(), *chosen, self_check(torch.bfloat16)]
+    apart = outcomes(run_checks_apart(chosen, CPU, 2))
+    assert apart == outcomes(run_check(check, CPU) for check in chosen)
+    assert len(apart) > 2
 
 
-class Deadly(Check):
-    """Kills the process that is to run it."""
+@dataclass(frozen=True, kw_only=True)
+class Bad(Check):
+    """Does something to the process that is sent it."""
+
+    deed: tuple
 
     def __reduce__(self):
-        return os._exit, (1,)
+        return self.deed
 
 
-def test_a_process_that_dies_is_one_failure():
-    shape = {"B": 2, "N": 20, "A": 2, "E": 8}
-    bad = Deadly(operation="gelu", implementation="triton", dtype=torch.float32, shape=shape)
-    results = list(run_checks_apart([self_check(), bad, self_check()], CPU, 1))
-    assert [result.passed for result in results] == [True, False, True]
-    assert results[1].check is bad
-    assert results[1].detail == "its process died"
+def bad_check(function, *arguments):
+    fields = vars(self_check()) | {"implementation": "triton", "deed": (function, arguments)}
+    return Bad(**fields)
+
+
+@pytest.mark.parametrize(
+    ("bad", "detail"),
+    [
+        (bad_check(os._exit, 1), "its process died"),
+        (bad_check(time.sleep, 600), "it did not end within 2 s"),
+    ],
+    ids=["dies", "hangs"],
+)
+def test_a_check_that_ends_or_holds_its_process_is_one_failure(bad, detail):
+    good = self_check()
+    results = list(run_checks_apart([good, bad, good, good], CPU, 1, check_seconds=2))
+    assert [result.passed for result in results] == [True, False, True, True]
+    assert (results[1].check, results[1].detail) == (bad, detail)
 
 
 def test_a_device_that_no_longer_runs_is_a_failure():
     results = list(run_checks_apart([self_check(), self_check()], torch.device("meta"), 1))
     assert [result.passed for result in results] == [False, False]
     assert all("broke the device for this process" in result.detail for result in results)
+
+
+def test_a_device_for_one_process_is_left_to_this_one(monkeypatch, caplog):
+    monkeypatch.setattr(numerics_apart, "run_check", lambda check, device: run_check(check, CPU))
+    chosen = [self_check(), self_check(torch.bfloat16)]
+    results = list(run_checks_apart(chosen, torch.device("cuda", 99), 2))
+    assert [result.check for result in results] == chosen
+    assert all(result.passed for result in results)
+    assert "cannot use cuda:99" in caplog.text
+
+
+def test_no_process_outlives_a_caller_that_stops_early():
+    run = run_checks_apart([self_check()] * 3, CPU, 1)
+    assert next(run).passed
+    before = multiprocessing.active_children()
+    run.close()
+    assert before
+    assert not set(before) & set(multiprocessing.active_children())
 
 
 # Before training.
