@@ -286,7 +286,8 @@ def _time(
     subject: Subject, workload: Workload, protocol: Protocol, say: Say, *, with_parts: bool
 ) -> _Timed:
     device = subject.mesh.device
-    watched = list(subject.model.parameters())[-1]
+    # Of the model itself it may be what was gathered of it.
+    watched = list(subject.trainee.ema.pairs())[-1].param
     before = local_part(watched).clone()
     results: list[StepResult] = []
 

@@ -107,10 +107,11 @@ def sync_gradients(model: nn.Module, is_last: bool) -> None:
 
 
 def drop_gathered(model: nn.Module) -> None:
-    """Frees weights that a forward left gathered.
+    """Frees weights that are still gathered, so that the model shows its shards.
 
-    Call it after changing weights outside the optimizer: a forward without a backward (validation,
-    sampling) leaves the root's gathered copy behind, and the next forward would use that one.
+    Call it before reading parameters or their gradients, and after changing weights outside the
+    optimizer: a forward without a backward (validation, sampling) leaves the root's gathered copy
+    behind, a lone shard keeps all of them, and the next forward would use these.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

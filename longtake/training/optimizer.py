@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from longtake.parallel import global_norm, local_parts
+from longtake.parallel import drop_gathered, global_norm, local_parts
 
 _multiply_all = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
 
@@ -45,6 +45,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     Moments that exist from the start make the first checkpoint complete and the memory known before
     step 1. The model must be on its final device and sharded.
     """
+    drop_gathered(model)  # what it shows otherwise are copies
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.lr,
@@ -72,6 +73,7 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     The norm is that of the whole model over all processes and stays on the device. It is not finite
     exactly if a gradient of any process is not (or their squares overflow).
     """
+    drop_gathered(model)  # a lone shard shows its gathered weights, whose gradients are elsewhere
     gradients = [param.grad for param in model.parameters() if param.grad is not None]
     assert gradients, "clip_gradients found no gradient: call it after backward"
     norm = global_norm(gradients)

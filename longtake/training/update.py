@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from longtake.ops.adamw_ema import adamw_ema, squared_norm
 from longtake.ops.kernels import elementwise
 from longtake.ops.tensor_table import TensorTable
-from longtake.parallel import drop_gathered, gathered_copies, local_parts, sum_over_shards
+from longtake.parallel import gathered_copies, local_parts, sum_over_shards
 from longtake.training.ema import Ema, decay_at, move_averages
 from longtake.training.optimizer import apply_update, clip_factor, clip_gradients
 
@@ -47,7 +47,6 @@ def update_weights(
         group["lr"] = lr
     if elementwise(next(model.parameters())) == "triton":
         return _in_one_pass(model, optimizer, ema, clip_norm=clip_norm, step=step)
-    drop_gathered(model)  # what a lone shard kept of the weights as they were
     norm = clip_gradients(model, clip_norm)
     applied = apply_update(optimizer, norm, lr=lr)
     ema.update(step, applied)
