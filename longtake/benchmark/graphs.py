@@ -48,7 +48,7 @@ def describe_graphs() -> Graphs:
 def _guards(reason: str) -> str:
     """The guards that failed, without their places in the code and the stacks under them."""
     guards = [
-        line.split(" # ")[0].strip(" -")
+        line.split("  # ")[0].strip(" -")
         for line in reason.splitlines()
         if re.match(r"[\s-]*\d+/\d+: ", line)
     ]

@@ -71,8 +71,9 @@ def plot_table(report: TableReport, path: Path) -> None:
     axes.set_yticks(range(len(rows)), [textwrap.fill(row.title, 44) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)  # the first on top
     axes.set_xlim(0, width)
-    has_floors = any(row.floor_samples_per_second is not None for row in rows)
-    unit_name = "the row's floor" if has_floors else "the fastest of its kind"
+    have_floors = {row.floor_samples_per_second is not None for row in rows}
+    names = {True: "the row's floor", False: "the fastest of its kind"}
+    unit_name = " or, without one, to ".join(names[has] for has in names if has in have_floors)
     axes.set_xlabel(f"samples/s, relative to {unit_name}", color=_TEXT)
     figure.suptitle(headline(report), color=_TEXT, fontsize=10)
     axes.tick_params(colors=_TEXT)

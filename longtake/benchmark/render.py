@@ -138,7 +138,7 @@ def markdown(report: TableReport) -> str:
     lines = [
         f"# {headline(report)}",
         "",
-        "![Samples per second of every row, beside plain torch and the floor](plot.png)",
+        "![Samples per second of every row](plot.png)",
         "",
         f"Measured {environment.get('started', '')} by",
         "",

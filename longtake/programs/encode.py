@@ -408,8 +408,9 @@ def _print_break_even(
         f"break-even: a training step asks for {_seconds(asked)} of encoding, all processes "
         f"together; the store saves {_seconds(saved)} of it ({saved / asked:.0%}). Encoding all it "
         f"holds takes {_seconds(ahead)} ({factor:.1f} times the encoders' own time) and wins after "
-        f"{steps:,.0f} steps, {steps * samples / len(index.manifest):,.1f} epochs, against a run "
-        "that encodes within the step; later against one whose encoders work beside the transformer"
+        f"{steps:,.0f} steps of {samples:,.0f} samples, "
+        f"{steps * samples / len(index.manifest):,.1f} epochs, against a run that encodes within "
+        "the step; later against one whose encoders work beside the transformer"
     )
 
 

@@ -55,7 +55,7 @@ def test_doctor_compares_attention_with_plain_torch_where_there_are_no_kernels(m
 
 def test_doctor_shows_each_comparison_and_fails_with_it(monkeypatch, capsys):
     results = [_result(True, "out"), _result(False, "dx")]
-    monkeypatch.setattr(numerics, "run_checks", lambda device, processes: iter(results))
+    monkeypatch.setattr(numerics, "run_checks", lambda device: iter(results))
     status, out = _doctor(capsys, "--numerics")
     assert status == 1
     assert "gelu                triton  bfloat16  N=3 D=8" in out

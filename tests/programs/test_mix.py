@@ -97,7 +97,7 @@ def test_a_budget_keeps_a_part_and_grows_and_shrinks(tmp_path, config, everythin
 
     out = _encode(config, store, "1GB", capsys)
     assert "break-even: a training step asks for" in out
-    assert re.search(r"wins after [\d,]+ steps, [\d.,]+ epochs", out)
+    assert re.search(r"wins after [\d,]+ steps of 4 samples, [\d.,]+ epochs", out)
     assert _kept(store) == (COUNT, COUNT)
     assert encode_here(config, store, *ONE_SAMPLE) == 0
     assert "disk_budget" not in read_index(store).facts
