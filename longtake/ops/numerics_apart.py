@@ -116,8 +116,9 @@ class _Worker:
         if isinstance(said, Result):
             self._send_next()
             return {number: said}
+        seconds = time.monotonic() - self._since
         self._start_anew()
-        return {number: _failure(check, said, time.monotonic() - self._since)}
+        return {number: _failure(check, said, seconds)}
 
     def give_up_if_late(self) -> dict[int, Result]:
         """A failure by number if its check, or its process's start, takes too long."""
