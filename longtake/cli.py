@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
+            if not {"-h", "--help"} & set(rest):  # a run that ends with its reader says so
+                print("error: nobody reads the output any more", file=sys.stderr)
             return 128 + signal.SIGPIPE
         status = _status(error)
         if status is None:

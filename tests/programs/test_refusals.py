@@ -251,11 +251,22 @@ def test_fresh_is_refused_where_every_restart_would_begin_anew(tmp_path, manifes
     assert not run_folder(config).exists()
 
 
-def test_a_reader_that_has_gone_is_no_error():
-    """As behind `| head`: no traceback, and the status of a process that nobody reads."""
-    command = [sys.executable, "-m", "longtake", "plan", "disk", "--help"]
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--help"], ""),
+        (
+            ["--clips", "9", "--clip", "16x64x64", "--json", "-"],
+            "error: nobody reads the output any more\n",
+        ),
+    ],
+    ids=["help", "program"],
+)
+def test_a_reader_that_has_gone_is_no_traceback(options, told):
+    """As behind `| head`: the status of a process that nobody reads."""
+    command = [sys.executable, "-m", "longtake", "plan", "disk", *options]
     reads, writes = os.pipe()
     os.close(reads)
     done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True)
     os.close(writes)
-    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, told)
