@@ -105,7 +105,7 @@ def dit_xl2_256() -> RunConfig:
 def stdit_xl2_16x256() -> RunConfig:
     r"""STDiT-XL/2 on 16 frames of 256², Open-Sora 1.0's first stage.
 
-    One H200 makes 28 clips/s without encoders. A GPU of 80 GB holds 8 clips: with fewer than 8 of
+    One H200 makes 29 clips/s without encoders. A GPU of 80 GB holds 8 clips: with fewer than 8 of
     them add --train.accumulation.
 
     torchrun --nproc-per-node 8 -m longtake train --preset stdit-xl2-16x256 \
@@ -122,8 +122,8 @@ def stdit_xl2_16x256() -> RunConfig:
 def stdit_xl2_16x512() -> RunConfig:
     r"""STDiT-XL/2 on 16 frames of 512², Open-Sora 1.0's second stage; starts from 16x256 weights.
 
-    One H200 makes 6.2 clips/s without encoders. A GPU of 80 GB holds 2 clips: with fewer than 16 of
-    them add --train.accumulation.
+    One H200 makes 6.6 clips/s without encoders, with FlashAttention-4. A GPU of 80 GB holds 2
+    clips: with fewer than 16 of them add --train.accumulation.
 
     torchrun --nproc-per-node 8 -m longtake train --preset stdit-xl2-16x512 \
         --data.manifest clips.csv
@@ -140,7 +140,7 @@ def stdit_xl2_64x512() -> RunConfig:
     r"""STDiT-XL/2 on 64 frames of 512², 65,536 tokens a clip; recomputes every block.
 
     A GPU of 141 GB holds a clip without that: add --parallel.checkpointing none for 1.66 clips/s on
-    one H200, without encoders.
+    one H200, without encoders, with FlashAttention-4.
 
     torchrun --nproc-per-node 8 -m longtake train --preset stdit-xl2-64x512 \
         --data.manifest clips.csv

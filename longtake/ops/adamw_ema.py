@@ -58,8 +58,9 @@ def adamw_ema_reference(
         a_new = a + ema_rate * (p_new - a)
         for old, new in ((p, p_new), (m, m_new), (v, v_new), (a, a_new)):
             old.copy_(torch.where(is_applied, new, old))
-    for copy, p in zip(copies or (), params, strict=bool(copies)):
-        copy.copy_(torch.where(is_applied, p.to(copy.dtype), copy))
+    if copies is not None:
+        for copy, p in zip(copies, params, strict=True):
+            copy.copy_(torch.where(is_applied, p.to(copy.dtype), copy))
 
 
 @torch.no_grad()
