@@ -13,7 +13,7 @@ from longtake.data import Manifest
 from longtake.encoders import TextEncoder, VideoEncoder
 from longtake.models import Model
 from longtake.ops.kernels import ruled_out
-from longtake.parallel import Mesh, compute_dtype, is_compiled
+from longtake.parallel import Mesh, blocks_per_unit, compute_dtype, is_compiled
 from longtake.training import environment
 
 
@@ -56,6 +56,7 @@ def run_record(
             "dp_replicate": mesh.dp_replicate,
             "dp_shard": mesh.dp_shard,
             "zero": config.parallel.zero,
+            "blocks_per_unit": blocks_per_unit(config.parallel, mesh, config.model.dimensions[0]),
             "sp": mesh.sp,
             "ring": ring_size(config),
             "exchanged_mib_per_sample": {bucket: mib for bucket, (mib, _) in exchanged.items()},

@@ -12,7 +12,7 @@ from longtake.config.layers import kernels_by_layer, ring_size
 from longtake.config.run import RunConfig
 from longtake.data import Bucket
 from longtake.encoders import VideoEncoder
-from longtake.parallel import PIECE_TOKENS, Mesh, compute_dtype
+from longtake.parallel import PIECE_TOKENS, Mesh, blocks_per_unit, compute_dtype
 from longtake.planning import (
     PeakMemory,
     exchanged_bytes,
@@ -102,6 +102,7 @@ def predicted_peak(
         pieces=config.parallel.pieces,
         zero=config.parallel.zero,
         shards=mesh.num_shards,
+        blocks_per_unit=blocks_per_unit(config.parallel, mesh, depth),
         sp=mesh.sp,
         accumulation=accumulation,
         text_tokens=config.model.max_caption_tokens,

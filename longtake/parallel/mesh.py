@@ -24,6 +24,9 @@ from longtake.parallel.branches import Pieces
 from longtake.parallel.exchange import TokenGroup
 from longtake.parallel.meeting import meet
 
+# What `blocks_per_unit` makes of blocks whose weights stay gathered. One unit is a little faster on
+# one machine; of four, three travel while something is computed, however slow the network.
+_UNITS = 4
 COLLECTIVE_MARGIN_SECONDS = 60
 """How much longer collectives wait than the run may stand still: what watches the whole run
 (`training/watchdog.py`) says more, and is to speak first."""
@@ -46,11 +49,16 @@ class ParallelConfig:
     """What the processes that share a model do not hold whole: 0 nothing, each is a replica (DDP);
     1 moments and averages; 2 gradients, too; 3 weights, too, gathered block by block in forward and
     backward (docs/parallelism.md)."""
+    blocks_per_unit: int | None = None
+    """So many blocks are gathered in one message and reduced in one. None: one where weights are
+    freed after use (zero 3) or nothing is sent; otherwise a quarter of them, since each message
+    holds up what computes beside it, and the fewer the less (docs/parallelism.md)."""
     sp: int = 1
     """Processes that share the tokens of one sample (docs/parallelism.md)."""
     exchange_in_halves: bool = False
-    """With sp, temporal branches compute with one half of the places while the other travels. To be
-    measured: it hides half of the exchanges for a pass more over the tokens."""
+    """With sp, temporal branches compute with one half of the places while the other travels: it
+    hides half of the exchanges for a pass more over the tokens and twice the launches, and was
+    slower where it was timed (docs/parallelism.md)."""
     compile: bool | None = None
     """torch.compile of every block; None means on CUDA only."""
     param_dtype: Literal["bf16", "fp32"] | None = None
@@ -85,6 +93,11 @@ class ParallelConfig:
             raise ValueError(
                 f"parallel.timeout_seconds={self.timeout_seconds} must be at least 1: it is how "
                 "long nothing may move before the run is given up as hung"
+            )
+        if self.blocks_per_unit is not None and self.blocks_per_unit < 1:
+            raise ValueError(
+                f"parallel.blocks_per_unit={self.blocks_per_unit} must be at least 1, or None for "
+                "a number that suits parallel.zero"
             )
         if self.kept_blocks < 0 or (self.kept_blocks and self.checkpointing not in BY_BLOCK):
             raise ValueError(
@@ -362,6 +375,14 @@ def resolve_degrees(config: ParallelConfig, world_size: int) -> tuple[int, int]:
             f"or start {config.dp_replicate * config.dp_shard * config.sp} processes"
         )
     return config.dp_replicate, config.dp_shard
+
+
+def blocks_per_unit(config: ParallelConfig, mesh: Mesh, depth: int) -> int:
+    """How many of a model's blocks are one unit of sharding."""
+    if config.blocks_per_unit is not None:
+        return min(config.blocks_per_unit, depth)
+    is_freed = config.zero == 3 and mesh.num_shards > 1
+    return 1 if is_freed or mesh.world_size == 1 else max(1, depth // _UNITS)
 
 
 def _divisors(number: int) -> str:

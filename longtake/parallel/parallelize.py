@@ -8,7 +8,7 @@ from torch import nn
 from longtake.parallel.activation_checkpointing import checkpoint_blocks
 from longtake.parallel.branches import branches_of
 from longtake.parallel.compile import compile_blocks, overlap_exchanges
-from longtake.parallel.mesh import Mesh, ParallelConfig, compute_dtype
+from longtake.parallel.mesh import Mesh, ParallelConfig, blocks_per_unit, compute_dtype
 from longtake.parallel.sequence import split_sequence
 from longtake.parallel.shard import shard_blocks
 
@@ -55,6 +55,7 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
         # Without others to share with, gathering and reducing more often gains nothing.
         reshard_after_forward=config.zero == 3 and mesh.num_shards > 1,
         accumulate_shards=config.zero >= 2 and mesh.num_shards > 1,
+        blocks_per_unit=blocks_per_unit(config, mesh, len(blocks)),
     )
     return model
 

@@ -23,11 +23,12 @@ def shard_blocks(
     param_dtype: torch.dtype,
     reshard_after_forward: bool,
     accumulate_shards: bool = True,
+    blocks_per_unit: int = 1,
 ) -> None:
-    """Shards every block as one unit and the rest of the model as the root unit, in place.
+    """Shards blocks, so many as one unit, and the rest of the model as the root unit, in place.
 
     A mesh of one axis shards over it; of two axes it replicates over the first and shards over the
-    second. A block's weights are gathered while the block before it computes, in the forward and in
+    second. A unit's weights are gathered while the one before it computes, in the forward and in
     the backward. accumulate_shards: whether the gradients of micro-batches are reduced before they
     add up (`sync_gradients`). Weights stay fp32 in the shards, are gathered in `param_dtype`, and
     gradients are averaged in fp32. Inputs are not cast: the models do that where it is right, and
@@ -36,13 +37,16 @@ def shard_blocks(
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    units = [
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-        for block in blocks
-    ]
-    for block, following in pairwise(units):
-        block.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([block])
+    blocks, units = list(blocks), []
+    for first in range(0, len(blocks), blocks_per_unit):
+        together = blocks[first : first + blocks_per_unit]
+        fully_shard(
+            together, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+        )
+        units.append(together[0])  # speaks for all of its unit
+    for unit, following in pairwise(units):
+        unit.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([unit])
     # The root's weights are the first that the backward needs: freeing them would gain nothing.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     if mesh.size(mesh.ndim - 1) == 1:

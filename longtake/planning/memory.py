@@ -17,9 +17,9 @@ GIB = 2**30
 _FP32 = 4
 # Weights and averages, and two moments of AdamW.
 _STATE_BYTES = 4 * _FP32
-# Blocks whose weights are gathered at a time where they are freed in between: the one that
-# computes, the next, and one whose memory is not yet reused.
-_GATHERED_BLOCKS = 3
+# Units whose weights are gathered at a time where they are freed in between: the one that computes,
+# the next, and one whose memory is not yet reused.
+_GATHERED_UNITS = 3
 # Tensors of latents, fp32, when a loss is computed, noise and prediction (mean and variance) among
 # them.
 _LATENTS_OF_LOSS = {"iddpm": 26, "flow": 7}
@@ -125,6 +125,7 @@ def peak_memory(
     pieces: str = "all",
     zero: int = 3,
     shards: int = 1,
+    blocks_per_unit: int = 1,
     sp: int = 1,
     accumulation: int = 1,
     text_tokens: int = 120,
@@ -222,7 +223,7 @@ def peak_memory(
 
     states = _STATE_BYTES * parameters / shards
     is_freed = zero == 3 and shards > 1
-    blocks_gathered = min(_GATHERED_BLOCKS, depth) if is_freed else depth
+    blocks_gathered = min(_GATHERED_UNITS * blocks_per_unit, depth) if is_freed else depth
     gathered = (parameters - (depth - blocks_gathered) * block_parameters) * bytes_per_value
     reduced = _FP32 * parameters / shards
     # Of earlier micro-batches: sums that are reduced every time, or once.
@@ -240,7 +241,7 @@ def peak_memory(
         working=_LATENTS_OF_LOSS[objective] * of_latents,
     )
     turn = replace(loss, kept=kept, working=working + _LATENTS_OF_STEP * of_latents)
-    in_flight = 2 * block_parameters * (bytes_per_value + _FP32)
+    in_flight = min(2 * blocks_per_unit, depth) * block_parameters * (bytes_per_value + _FP32)
     gradients = max(reduced, earlier) + in_flight
     first_block = replace(turn, gradients=gradients, kept=first)
     whole_stream = micro_batch * grid.total * hidden_size * bytes_per_value

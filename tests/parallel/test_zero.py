@@ -39,6 +39,10 @@ def test_at_every_level_loss_and_gradients_are_those_of_one_process():
     cases += [
         Case("stdit2").on(zero=0, sp=2),
         Case("pixart").on(zero=2, checkpointing="nested", offload=True),
+        # Units of two blocks and of the one left over, or a unit of all.
+        Case("stdit", depth=3, accumulation=2).on(zero=3, blocks_per_unit=2, checkpointing="full"),
+        Case("latte", depth=3).on(zero=2, blocks_per_unit=2, compile=True),
+        Case("dit", depth=3).on(zero=0, blocks_per_unit=8),
     ]
     for results in run_in_processes(sharded, 2, cases, timeout_seconds=150):
         for case, found in zip(cases, results, strict=True):
@@ -142,6 +146,29 @@ def test_levels_below_2_reduce_once_a_step_and_the_others_every_micro_batch():
     one, two, three = run_in_processes(_reductions, 2, (1, 2, 3), timeout_seconds=90)[0]
     assert one > 0
     assert (two, three) == (2 * one, 2 * one)
+
+
+def _messages(cases: list[Case]) -> list[int]:
+    from tests.parallel.sequence_cases import loss_of
+
+    device = start_distributed("cpu")
+    counts = []
+    for case in cases:
+        model = parallel_model(case, build_mesh(case.parallel, device))
+        with _CountReductions() as counted:
+            loss_of(model, case, inputs_of(case, range(1))).backward()
+        counts.append(counted.count)
+    return counts
+
+
+def test_blocks_whose_weights_stay_gathered_are_reduced_in_a_few_messages():
+    deep = Case("dit", depth=8)
+    cases = [deep.on(zero=1), deep.on(zero=2), deep.on(zero=3), deep.on(zero=2, blocks_per_unit=1)]
+    cases.append(deep.on(zero=3, blocks_per_unit=3))
+    # And one for what is not a block.
+    assert run_in_processes(_messages, 2, cases, timeout_seconds=90)[0] == [5, 5, 9, 9, 4]
+    with pytest.raises(ValueError, match=r"blocks_per_unit=0 must be at least 1"):
+        ParallelConfig(blocks_per_unit=0)
 
 
 MICRO_BATCHES = 3
