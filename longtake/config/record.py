@@ -56,7 +56,12 @@ def run_record(
             "dp_replicate": mesh.dp_replicate,
             "dp_shard": mesh.dp_shard,
             "zero": config.parallel.zero,
-            "blocks_per_unit": blocks_per_unit(config.parallel, mesh, config.model.dimensions[0]),
+            "blocks_per_unit": blocks_per_unit(
+                config.parallel,
+                config.model.dimensions[0],
+                shards=mesh.num_shards,
+                processes=mesh.world_size,
+            ),
             "sp": mesh.sp,
             "ring": ring_size(config),
             "exchanged_mib_per_sample": {bucket: mib for bucket, (mib, _) in exchanged.items()},

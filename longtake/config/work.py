@@ -102,7 +102,9 @@ def predicted_peak(
         pieces=config.parallel.pieces,
         zero=config.parallel.zero,
         shards=mesh.num_shards,
-        blocks_per_unit=blocks_per_unit(config.parallel, mesh, depth),
+        blocks_per_unit=blocks_per_unit(
+            config.parallel, depth, shards=mesh.num_shards, processes=mesh.world_size
+        ),
         sp=mesh.sp,
         accumulation=accumulation,
         text_tokens=config.model.max_caption_tokens,

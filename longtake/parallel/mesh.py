@@ -45,10 +45,10 @@ class ParallelConfig:
     dp_shard: int = -1
     """Data-parallel processes that share one copy of what `zero` shards; -1 takes the rest. With
     sp, the copy is spread over dp_shard × sp processes."""
-    zero: Literal[0, 1, 2, 3] = 3
+    zero: Literal[0, 1, 2, 3] = 2
     """What the processes that share a model do not hold whole: 0 nothing, each is a replica (DDP);
     1 moments and averages; 2 gradients, too; 3 weights, too, gathered block by block in forward and
-    backward (docs/parallelism.md)."""
+    backward, for models whose weights in bf16 are much of a GPU's memory (docs/parallelism.md)."""
     blocks_per_unit: int | None = None
     """So many blocks are gathered in one message and reduced in one. None: one where weights are
     freed after use (zero 3) or nothing is sent; otherwise a quarter of them, since each message
@@ -377,12 +377,12 @@ def resolve_degrees(config: ParallelConfig, world_size: int) -> tuple[int, int]:
     return config.dp_replicate, config.dp_shard
 
 
-def blocks_per_unit(config: ParallelConfig, mesh: Mesh, depth: int) -> int:
-    """How many of a model's blocks are one unit of sharding."""
+def blocks_per_unit(config: ParallelConfig, depth: int, *, shards: int, processes: int) -> int:
+    """How many of a model's blocks are one unit of sharding, of `processes` in all."""
     if config.blocks_per_unit is not None:
         return min(config.blocks_per_unit, depth)
-    is_freed = config.zero == 3 and mesh.num_shards > 1
-    return 1 if is_freed or mesh.world_size == 1 else max(1, depth // _UNITS)
+    is_freed = config.zero == 3 and shards > 1
+    return 1 if is_freed or processes == 1 else max(1, depth // _UNITS)
 
 
 def _divisors(number: int) -> str:

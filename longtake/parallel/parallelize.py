@@ -55,7 +55,9 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
         # Without others to share with, gathering and reducing more often gains nothing.
         reshard_after_forward=config.zero == 3 and mesh.num_shards > 1,
         accumulate_shards=config.zero >= 2 and mesh.num_shards > 1,
-        blocks_per_unit=blocks_per_unit(config, mesh, len(blocks)),
+        blocks_per_unit=blocks_per_unit(
+            config, len(blocks), shards=mesh.num_shards, processes=mesh.world_size
+        ),
     )
     return model
 

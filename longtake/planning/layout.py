@@ -16,10 +16,10 @@ from longtake.planning.tokens import TokenGrid, has_full_attention
 
 # Of a parameter in fp32: weight, two moments, average, gradient.
 STATE_BYTES = 20
+# Of one in bf16, where it stays gathered.
+_GATHERED_BYTES = 2
 # Moved by the optimizer for a parameter, as the floor of a step counts it.
 _UPDATE_BYTES = 36
-# What collectives that compute hides cost it: they run on some of its multiprocessors. Assumed.
-_COST_OF_HIDING = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,9 @@ class LayoutWork:
     checkpointing: str = "selective"
     """One that is neither "none" nor "selective" computes whole blocks again, as "full" does."""
     mlp_ratio: float = 4.0
+    zero: int = 2
+    """3 gathers weights twice and frees them in between; 0 leaves replicas alone."""
+    blocks_per_unit: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,7 @@ class Layout:
     sp: int
     micro_batch: int
     state_bytes: float
+    """With the weights in bf16 where they stay gathered."""
     activation_bytes: float
     compute_seconds: float
     shard_seconds: float
@@ -94,12 +98,13 @@ class Layout:
 
     @property
     def exposed_seconds(self) -> float:
-        """What comes on top of compute: exchanges, the update, of weights and gradients what takes
-        longer than compute, and a tenth of what it hides."""
-        sent = self.shard_seconds + self.replica_seconds
-        hidden = min(sent, self.compute_seconds)
-        on_top = self.exchange_seconds + self.update_seconds
-        return on_top + sent - hidden + _COST_OF_HIDING * hidden
+        """What comes on top of compute: all that is sent, and the update.
+
+        Weights and gradients travel beside compute, but what they take from it was as much as they
+        would have taken by themselves, on two H200s (docs/parallelism.md).
+        """
+        sent = self.shard_seconds + self.replica_seconds + self.exchange_seconds
+        return sent + self.update_seconds
 
     @property
     def seconds_per_sample(self) -> float:
@@ -118,6 +123,8 @@ def layouts(
             continue
         for shards in _divisors(gpus // sp):
             replicas = gpus // sp // shards
+            if work.zero == 0 and shards > 1:
+                continue  # all are replicas
             found.append(_layout(replicas, shards, sp, work, links, flops_per_second, memory_rate))
     return found
 
@@ -137,14 +144,16 @@ def _layout(
     flops_per_second: float,
     memory_rate: float,
 ) -> Layout:
-    shards = dp_shard * sp
-    sent = sharding_traffic(work.parameters, shards=shards, replicas=replicas)
-    units = work.depth + 1
+    shards, copies = (1, replicas * sp) if work.zero == 0 else (dp_shard * sp, replicas)
+    gathers = 2 if work.zero == 3 else 1
+    sent = sharding_traffic(work.parameters, shards=shards, replicas=copies, gathers=gathers)
+    units = math.ceil(work.depth / work.blocks_per_unit) + 1
     inside = links.over(shards)
-    # A ring of n passes on n - 1 times; twice gathered and once reduced, unit by unit.
-    rounds = 3 * units * (shards - 1)
-    between = links.over(replicas, stride=shards)
-    tree = units * 2 * math.ceil(math.log2(replicas)) if replicas > 1 else 0
+    # A ring of n passes on n - 1 times; gathered and once reduced, unit by unit.
+    rounds = (gathers + 1) * units * (shards - 1)
+    between = links.over(copies, stride=shards)
+    tree = units * 2 * math.ceil(math.log2(copies)) if copies > 1 else 0
+    gathered = 0 if work.zero == 3 else _GATHERED_BYTES * work.parameters
     exchanged = work.micro_batch * exchanged_bytes(
         work.model, work.grid, hidden_size=work.hidden_size, depth=work.depth, sp=sp
     )
@@ -168,7 +177,7 @@ def _layout(
         dp_shard=dp_shard,
         sp=sp,
         micro_batch=work.micro_batch,
-        state_bytes=STATE_BYTES * work.parameters / shards,
+        state_bytes=STATE_BYTES * work.parameters / shards + gathered,
         activation_bytes=2 * kept * tokens * work.hidden_size,
         compute_seconds=again * work.micro_batch * work.flops_per_sample / sp / flops_per_second,
         shard_seconds=(sent.gathered + sent.scattered) / inside + rounds * links.latency_seconds,

@@ -123,7 +123,7 @@ def peak_memory(
     kept_inputs: int = 0,
     kept_blocks: int = 0,
     pieces: str = "all",
-    zero: int = 3,
+    zero: int = 2,
     shards: int = 1,
     blocks_per_unit: int = 1,
     sp: int = 1,

@@ -28,6 +28,7 @@ from longtake.config import parse_run, work_of_latents
 from longtake.data import Manifest, read_manifest
 from longtake.encoders.hashed_words import split_words
 from longtake.models import build_model_from_config
+from longtake.parallel import blocks_per_unit
 from longtake.planning import (
     FORMS,
     DiskPlan,
@@ -297,6 +298,10 @@ def _layout(arguments: list[str]) -> int:
         micro_batch=chosen.micro_batch,
         checkpointing=config.parallel.checkpointing,
         mlp_ratio=config.model.mlp_ratio,
+        zero=config.parallel.zero,
+        blocks_per_unit=blocks_per_unit(
+            config.parallel, depth, shards=chosen.gpus, processes=chosen.gpus
+        ),
     )
     links = Links(
         machine_bytes=chosen.machine_gb_s * 1e9,
