@@ -162,11 +162,12 @@ def _fill_zeros(model: nn.Module, seed: int) -> None:
     """Gives weights that are zero at first small random values.
 
     Gates and last projections start at zero, so in the first steps half of the backward would
-    multiply zeros, which is faster than any later step.
+    multiply zeros, which is faster than any later step. The same on every grid of processes.
     """
     for name, param in model.named_parameters():
-        part = local_part(param)
-        if part.numel() and not bool(part.any()):
-            generator = torch.Generator(part.device)
+        if not bool(local_part(param).any()):
+            device = local_part(param).device
+            generator = torch.Generator(device)
             generator.manual_seed(named_seed(seed, f"benchmark/{name}"))
-            part.normal_(std=_SMALL, generator=generator)
+            small = torch.empty(param.shape, device=device)
+            write_full(param, small.normal_(std=_SMALL, generator=generator))

@@ -25,7 +25,7 @@ from longtake.parallel.exchange import TokenGroup
 from longtake.parallel.meeting import meet
 
 # What `blocks_per_unit` makes of blocks whose weights stay gathered. One unit is a little faster on
-# one machine; of four, three travel while something is computed, however slow the network.
+# one machine; of four, only a quarter of what is sent has nothing to be computed beside it.
 _UNITS = 4
 COLLECTIVE_MARGIN_SECONDS = 60
 """How much longer collectives wait than the run may stand still: what watches the whole run
@@ -382,7 +382,7 @@ def blocks_per_unit(config: ParallelConfig, depth: int, *, shards: int, processe
     if config.blocks_per_unit is not None:
         return min(config.blocks_per_unit, depth)
     is_freed = config.zero == 3 and shards > 1
-    return 1 if is_freed or processes == 1 else max(1, depth // _UNITS)
+    return 1 if is_freed or processes == 1 else -(-depth // _UNITS)
 
 
 def _divisors(number: int) -> str:

@@ -3,6 +3,7 @@ out."""
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -37,6 +38,9 @@ def shard_blocks(
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    # PyTorch 2.13 warns of blocks that return a view: an operation in place on it would lose FSDP's
+    # hook. No model has one.
+    warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)
     blocks, units = list(blocks), []
     for first in range(0, len(blocks), blocks_per_unit):
         together = blocks[first : first + blocks_per_unit]

@@ -159,10 +159,10 @@ def peak_memory(
     that went there, and one gradient, but no inputs of branches behind. Full attention is one piece
     and may hold more in its backward: 11 tensors, 17 with sp, again without those inputs.
 
-    Four moments are compared: the loss, when all is kept, the final layer's input with it; the turn
+    Five moments are compared: the loss, when all is kept, the final layer's input with it; the turn
     to the backward, which brings the last block's working set and a gradient in place of that
-    input; the first block's backward, when all gradients are there; and the embedding, whose tokens
-    sp does not split.
+    input; the first block's backward, when all gradients but its unit's are there; the reduction of
+    that unit's, in both dtypes; and the embedding, whose tokens sp does not split.
 
     latent_values are those of the micro-batch. shards are the processes that share one copy of the
     weights. Raises ValueError for an unknown model, policy or objective.
@@ -222,9 +222,14 @@ def peak_memory(
         at_loss = kept
 
     states = _STATE_BYTES * parameters / shards
-    is_freed = zero == 3 and shards > 1
-    blocks_gathered = min(_GATHERED_UNITS * blocks_per_unit, depth) if is_freed else depth
-    gathered = (parameters - (depth - blocks_gathered) * block_parameters) * bytes_per_value
+    per_unit = min(blocks_per_unit, depth)
+    unit = per_unit * block_parameters
+    root = (parameters - depth * block_parameters) * bytes_per_value
+    # The last message's memory stays beside what was copied out of it.
+    blocks_gathered = depth + per_unit if shards > 1 else depth
+    if zero == 3 and shards > 1:
+        blocks_gathered = min(_GATHERED_UNITS * per_unit, blocks_gathered)
+    gathered = root + blocks_gathered * block_parameters * bytes_per_value
     reduced = _FP32 * parameters / shards
     # Of earlier micro-batches: sums that are reduced every time, or once.
     earlier = 0 if accumulation == 1 else reduced if zero >= 2 else _FP32 * parameters
@@ -241,15 +246,25 @@ def peak_memory(
         working=_LATENTS_OF_LOSS[objective] * of_latents,
     )
     turn = replace(loss, kept=kept, working=working + _LATENTS_OF_STEP * of_latents)
-    in_flight = min(2 * blocks_per_unit, depth) * block_parameters * (bytes_per_value + _FP32)
-    gradients = max(reduced, earlier) + in_flight
-    first_block = replace(turn, gradients=gradients, kept=first)
+    gradients = max(reduced, earlier)
+    of_unit = bytes_per_value * unit
+    if shards > 1:
+        # Units whose backward is done are freed; the last of them may still be on its way.
+        before = _FP32 * unit if depth > per_unit else 0
+        others = gradients + before - (_FP32 * unit / shards if accumulation == 1 else 0)
+        first_block = replace(turn, gathered=root + of_unit, gradients=others + of_unit, kept=first)
+        reduction = replace(
+            turn, gathered=root, gradients=others + of_unit + _FP32 * unit, kept=tensor, working=0
+        )
+    else:  # the sum over one process is what is reduced, and what is gathered stays
+        first_block = replace(turn, gradients=gradients + of_unit, kept=first)
+        reduction = first_block
     whole_stream = micro_batch * grid.total * hidden_size * bytes_per_value
     # The embedded patches and the same with their positions; noise and noisy latents beside.
     embedding = replace(
         first_block, kept=0, working=2 * whole_stream + (2 + _LATENTS_OF_STEP) * of_latents
     )
-    return max(loss, turn, first_block, embedding, key=lambda moment: moment.total)
+    return max(loss, turn, first_block, reduction, embedding, key=lambda moment: moment.total)
 
 
 def _nested_working(

@@ -163,18 +163,22 @@ def test_on_two_gpus_it_stays_the_same():
         Case("pixart", "iddpm"),
         Case("pixart", num_heads=1),
     ]
-    single = [case.on(sp=2, param_dtype="fp32", compile=False) for case in cases]
+    deep = Case("stdit", depth=8, accumulation=2)  # units of two blocks
+    plain = {"param_dtype": "fp32", "compile": False}
+    single = [case.on(sp=2, **plain) for case in cases]
+    single += [deep.on(zero=zero, **plain) for zero in (0, 1, 2, 3)]
     for results in run_in_processes(sharded, 2, single, "cuda", timeout_seconds=250):
         for case, found in zip(single, results, strict=True):
             assert_same(found, case, tolerance=1e-4)
 
     # Compiled and on the kernels that training takes, bf16 is no further from float32 than alone.
-    half = [replace(case, kernels=KernelConfig()) for case in cases]
+    half = [replace(case, kernels=KernelConfig()) for case in (*cases, deep)]
     (lone,) = run_in_processes(sharded, 1, half, "cuda", timeout_seconds=250)
     spread = [case.on(sp=2) for case in half]
     spread += [case.on(sp=2, exchange_in_halves=True) for case in half[:3]]
+    spread += [half[-1].on(zero=zero) for zero in (0, 2, 3)]
     for results in run_in_processes(sharded, 2, spread, "cuda", timeout_seconds=350):
-        for case, found, same in zip(spread, results, lone + lone[:3], strict=True):
+        for case, found, same in zip(spread, results, lone + lone[:3] + 3 * lone[-1:], strict=True):
             allowed = errors_of(same, case)
             for name, error in errors_of(found, case).items():
                 assert error <= 2 * allowed[name] + 1e-3, (case.model, name, error, allowed[name])

@@ -63,7 +63,7 @@ def _trained(levels: tuple[int, ...], accumulation: int):
     device = start_distributed("cpu")
     results = []
     for zero in levels:
-        case = Case("stdit", latents=UNEVEN, parallel=ParallelConfig(zero=zero))  # type: ignore[arg-type]
+        case = Case("stdit", latents=UNEVEN, depth=8).on(zero=zero)
         mesh = build_mesh(case.parallel, device)
         model = parallel_model(case, mesh)
         trainee = Trainee(

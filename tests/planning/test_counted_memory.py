@@ -34,6 +34,22 @@ def test_what_is_predicted_is_what_tensors_take(name, model, sp, fields):
     assert predicted.total - predicted.states == pytest.approx(counted, rel=0.03)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize(
+    ("zero", "blocks_per_unit"), [(0, None), (0, 8), (2, 1), (2, None), (2, 8), (3, 1), (3, 4)]
+)
+def test_weights_and_gradients_on_their_way_are_counted(checkpointing, zero, blocks_per_unit):
+    config = preset("stdit-xl2-16x256")  # one clip of it, so that weights are most of what is held
+    how = {"sp": 2, "checkpointing": checkpointing, "zero": zero}
+    config = replace(
+        config,
+        model=replace(config.model, depth=8),
+        parallel=replace(config.parallel, blocks_per_unit=blocks_per_unit, **how),
+    )
+    counted, predicted = count_and_predict(config)
+    assert predicted.total == pytest.approx(counted + predicted.states, rel=0.05)
+
+
 def test_inputs_that_stay_are_counted():
     config = preset("stdit-xl2-360x512")
     fields = {"sp": 2, "checkpointing": "nested", "offload": True, "kept_inputs": 4}

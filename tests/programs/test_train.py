@@ -247,8 +247,9 @@ def test_processes_that_share_tokens_train_as_one(tmp_path, manifest):
     shared = _with_sampling_and_validation(tmp_path / "shared", manifest)
     path, folder = save_config(shared), run_folder(shared)
     first, second = longtake_in(
-        2, "train", "--config", path, "--parallel.sp", 2, "--train.steps", 4
-    )
+        2, "train", "--config", path, "--train.steps", 4, "--parallel.sp", 2,
+        "--parallel.zero", 3, "--parallel.blocks-per-unit", 2,
+    )  # fmt: skip
     assert (first.status, second.status) == (0, 0), first.err + second.err
     assert first.batches == second.batches
     assert first.batches.items() <= reference.batches.items()
@@ -256,6 +257,7 @@ def test_processes_that_share_tokens_train_as_one(tmp_path, manifest):
     assert "bucket 3x40x40 has 3 frames of patches, which sp=2 fills up to 4: 25%" in first.err
     record = json.loads((folder / "run.json").read_text())["parallel"]
     assert (record["processes"], record["dp_shard"], record["sp"]) == (2, 1, 2)
+    assert (record["zero"], record["blocks_per_unit"]) == (3, 2)
     # 2 blocks of 2 passes over half of 3 x 9 tokens, filled up to 4 x 10, of 32 values.
     assert record["exchanged_mib_per_sample"] == {"3x40x40": 2 * 2 * 4 * 10 // 2 * 32 * 4 / 2**20}
 
