@@ -108,7 +108,7 @@ def _divided(sp, num_heads):
 
 
 def test_a_token_group_is_divided_into_neighbours_and_rings():
-    found = run_in_processes(_divided, 8, 4, 2)
+    found = run_in_processes(_divided, 8, 4, 2, timeout_seconds=120)
     for first in (0, 4):
         assert found[first : first + 4] == [
             [(0, [first, first + 1]), (0, [first, first + 2])],
