@@ -106,7 +106,7 @@ def environment() -> dict[str, Any]:
         }
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": sys.argv,
+        "command": ["longtake", *sys.argv[1:]],
         "host": platform.node(),
         "python": platform.python_version(),
         "packages": _versions(),
