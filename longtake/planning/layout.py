@@ -62,7 +62,7 @@ class LayoutWork:
     """One that is neither "none" nor "selective" computes whole blocks again, as "full" does."""
     mlp_ratio: float = 4.0
     zero: int = 2
-    """3 gathers weights twice and frees them in between; 0 leaves replicas alone."""
+    """3 gathers weights twice and frees them in between; with 0 all processes are replicas."""
     blocks_per_unit: int = 1
 
 
@@ -145,7 +145,8 @@ def _layout(
     memory_rate: float,
 ) -> Layout:
     shards, copies = (1, replicas * sp) if work.zero == 0 else (dp_shard * sp, replicas)
-    gathers = 2 if work.zero == 3 else 1
+    is_freed = work.zero == 3 and shards > 1
+    gathers = 2 if is_freed else 1
     sent = sharding_traffic(work.parameters, shards=shards, replicas=copies, gathers=gathers)
     units = math.ceil(work.depth / work.blocks_per_unit) + 1
     inside = links.over(shards)
@@ -153,7 +154,7 @@ def _layout(
     rounds = (gathers + 1) * units * (shards - 1)
     between = links.over(copies, stride=shards)
     tree = units * 2 * math.ceil(math.log2(copies)) if copies > 1 else 0
-    gathered = 0 if work.zero == 3 else _GATHERED_BYTES * work.parameters
+    gathered = 0 if is_freed else _GATHERED_BYTES * work.parameters
     exchanged = work.micro_batch * exchanged_bytes(
         work.model, work.grid, hidden_size=work.hidden_size, depth=work.depth, sp=sp
     )

@@ -246,8 +246,8 @@ def _show(plan: DiskPlan, true_tokens: float | None, is_estimate: bool) -> None:
 
 _LAYOUT = """\
 Which grid of processes a run should use on so many GPUs, by formula: --preset NAME or --config
-FILE, dotted overrides as in train; the batch size is that of the first bucket. Nothing is measured:
-bandwidths and the rate are what you say.
+FILE, dotted overrides as in train; the batch size is that of the first bucket. Nothing is measured
+here: bandwidths and the rate are what you say.
 
   --gpus N               all of them
   --gpus-per-machine N   default 8

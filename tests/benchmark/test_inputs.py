@@ -5,8 +5,9 @@ from longtake.benchmark.subject import Subject
 from longtake.config import preset, work_of_latents
 from longtake.encoders import build_video_encoder
 from longtake.models import build_model_from_config
-from longtake.parallel import local_part
+from longtake.parallel import build_mesh, local_part, read_full, start_distributed
 from tests.benchmark.conftest import tiny_row
+from tests.processes import run_in_processes
 
 
 def test_latents_have_the_shape_that_the_encoder_gives():
@@ -62,3 +63,18 @@ def test_no_weight_is_left_at_zero(mesh):
     subject = Subject(tiny_row("stdit-16x256").config, mesh, encoders="absent", seed=0)
     for name, param in subject.model.named_parameters():
         assert local_part(param).any(), name
+
+
+def _weights():
+    config = tiny_row("stdit-16x256").config
+    mesh = build_mesh(config.parallel, start_distributed("cpu"))
+    model = Subject(config, mesh, encoders="absent", seed=0).model
+    return {name: read_full(param) for name, param in model.named_parameters()}
+
+
+def test_weights_do_not_depend_on_how_they_are_spread():
+    (alone,) = run_in_processes(_weights, 1)
+    for found in run_in_processes(_weights, 2):
+        assert found.keys() == alone.keys()
+        for name, weight in alone.items():
+            assert torch.equal(found[name], weight), name

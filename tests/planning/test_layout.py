@@ -40,6 +40,8 @@ def test_times_are_bytes_over_bandwidth():
     freed = _layouts(16, replace(WORK, zero=3))[1, 8, 2]
     assert freed.shard_seconds == pytest.approx(8 * 760e6 * 15 / 16 / 200e9)
     assert sharded.state_bytes - freed.state_bytes == 2 * 760e6
+    whole = _layouts(1, replace(WORK, zero=3))[1, 1, 1]  # nothing is freed where none shares it
+    assert whole.state_bytes == _layouts(1)[1, 1, 1].state_bytes == 22 * 760e6
     assert sharded.replica_seconds == 0
     exchanged = 3 * 56 * (32 * 1024 * 1152 * 2) / 2
     assert sharded.exchange_seconds == pytest.approx(exchanged / 200e9)
