@@ -186,6 +186,8 @@ def sharded(
         _compile_quickly()
     results = []
     for case in cases:
+        # Else a block of an earlier case needs no graph, and a ninth kind of block gets none.
+        torch._dynamo.reset()
         branches.PIECE_TOKENS = case.piece_tokens
         mesh = build_mesh(case.parallel, device)
         model = parallel_model(case, mesh)
