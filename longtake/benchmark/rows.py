@@ -8,7 +8,7 @@ over all tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from longtake.benchmark.records import Encoders, Figure
@@ -26,11 +26,19 @@ class Policy:
 
     checkpointing: str
     kept_blocks: int = 0
+    pieces: str = "all"
+    offload: bool = False
+    kept_inputs: int = 0
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Policy:
+        """That of a run."""
+        return cls(**{field.name: getattr(config.parallel, field.name) for field in fields(cls)})
 
     def on(self, config: RunConfig) -> RunConfig:
         """The same run under this policy."""
-        fields: Any = {"checkpointing": self.checkpointing, "kept_blocks": self.kept_blocks}
-        return replace(config, parallel=replace(config.parallel, **fields))
+        chosen: Any = asdict(self)
+        return replace(config, parallel=replace(config.parallel, **chosen))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +124,7 @@ def tiny(row: Row) -> Row:
         ),
     )
     title = f"tiny stand-in for {row.title}"
-    policies = tuple(replace(policy, kept_blocks=0) for policy in row.policies)
+    policies = tuple(replace(policy, kept_blocks=0, kept_inputs=0) for policy in row.policies)
     return replace(
         row, title=title, config=config, micro_batch=2, policies=policies, printed=(), known=()
     )
@@ -224,7 +232,7 @@ def _on_two(
 
     An XL's weights are 1.4 GiB in bf16: gathering them again for the backward saves little.
     """
-    own = Policy(preset(name).parallel.checkpointing)
+    own = Policy.of(preset(name))
     row = _video(
         key,
         title,
@@ -429,6 +437,10 @@ _ROWS = (
         None,
         sp=2,
         micro_batch=1,
+        policies=(
+            Policy("nested", pieces="pointwise", offload=True, kept_inputs=20),
+            Policy.of(preset("stdit-xl2-1min-1080p")),
+        ),
     ),
     _video(
         "full-64x512",

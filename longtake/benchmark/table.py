@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -303,8 +303,8 @@ def same_settings(report: TableReport, rows: Sequence[Row]) -> bool:
         if row.key in wanted:
             found = {**row.fast.config, "parallel": dict(row.fast.config["parallel"])}
             expected = {**wanted[row.key], "parallel": dict(wanted[row.key]["parallel"])}
-            for name in ("checkpointing", "kept_blocks"):
-                found["parallel"][name] = expected["parallel"][name] = None
+            for policy in fields(Policy):
+                found["parallel"][policy.name] = expected["parallel"][policy.name] = None
             if found != expected:
                 return False
     return True

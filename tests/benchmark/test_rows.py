@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from longtake.benchmark.inputs import latent_shape
-from longtake.benchmark.rows import TABLES, rows, tiny
-from longtake.config import work_of_latents
+from longtake.benchmark.rows import TABLES, Policy, rows, tiny
+from longtake.config import preset, work_of_latents
 from longtake.models import build_model_from_config
 from tests.benchmark.conftest import row
 
@@ -74,6 +74,16 @@ def test_row_is_a_model_that_can_be_built(one, made):
     assert parameters < 1e6 if made else parameters > 600e6
     assert (model.condition == "label") == (config.text_encoder.kind == "none")
     assert made or config.uses_random_encoders
+
+
+def test_the_minute_keeps_what_an_h200_holds_and_else_what_its_preset_says():
+    minute = row("stdit-1min-1080p-sp2")
+    most, least = (policy.on(minute.config).parallel for policy in minute.policies)
+    own = preset("stdit-xl2-1min-1080p").parallel
+    assert (own.checkpointing, own.offload, own.kept_inputs) == ("nested", True, 0)
+    assert least == replace(own, sp=2, zero=2)
+    assert most == replace(least, pieces="pointwise", kept_inputs=20)
+    assert Policy.of(minute.config) == minute.policies[1]
 
 
 @pytest.mark.parametrize("size", ["16x256", "16x512", "64x512"])
