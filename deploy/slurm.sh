@@ -34,7 +34,7 @@ run() {
 
 for ((attempt = 0; attempt <= MAX_RESTARTS; attempt++)); do
     run train --preset stdit-xl2-16x256 --name clips-16x256 --output /shared/runs \
-        --data.manifest /shared/clips.csv --parallel.dp-replicate 8
+        --data.manifest /shared/clips.csv
     status=$?
     case $status in
         0) exit 0 ;;

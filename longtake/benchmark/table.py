@@ -21,10 +21,11 @@ from longtake.benchmark.records import (
 )
 from longtake.benchmark.rows import Policy, Row
 from longtake.config import RunConfig, from_plain, to_plain
-from longtake.parallel import BY_BLOCK, attention_degrees
+from longtake.parallel import attention_degrees
 from longtake.planning import (
     Ceilings,
     exchanged_bytes,
+    exchanges_again,
     floor_seconds,
     has_full_attention,
     ring_bytes,
@@ -243,10 +244,8 @@ def sent_bytes(measured: Measurement, config: dict[str, Any]) -> tuple[float, fl
     how = {"hidden_size": hidden_size, "depth": depth, "sp": sp, "ring": ring}
     exchanged = exchanged_bytes(name, grid, **how, bytes_per_value=weight_bytes)
     around = ring_bytes(name, grid, **how, bytes_per_value=weight_bytes)
-    again = 1 - parallel.kept_blocks / depth if parallel.checkpointing in BY_BLOCK else 0
-    # Around temporal branches tokens travel, within full attention: once more in pieces.
-    if parallel.checkpointing == "nested" and parallel.pieces == "all" and full:
-        again *= 2
+    kept_share = parallel.kept_blocks / depth
+    again = exchanges_again(name, parallel.checkpointing, parallel.pieces, kept_share=kept_share)
     leaving = exchanged * (1 - ring / sp)
     of_tokens = measured.micro_batch * ((2 + again) * leaving + (3 + again) * around)
 

@@ -10,7 +10,7 @@ from longtake.config.command_line import (
     with_encoder_weights,
 )
 from longtake.config.files import dump_yaml, from_plain, load_yaml, to_plain
-from longtake.config.layers import attention_layers, kernels_by_layer, verify_kernels
+from longtake.config.layers import attention_layers, kernels_by_layer, ring_size, verify_kernels
 from longtake.config.presets import PRESETS, preset
 from longtake.config.record import run_record
 from longtake.config.resume import changes
@@ -19,6 +19,7 @@ from longtake.config.work import (
     Work,
     largest_peak,
     latents_of_bucket,
+    peak_of_grid,
     predicted_peak,
     throughput_meter,
     token_notes,
@@ -48,8 +49,10 @@ __all__ = [
     "override",
     "parse_run",
     "parse_train",
+    "peak_of_grid",
     "predicted_peak",
     "preset",
+    "ring_size",
     "run_record",
     "throughput_meter",
     "to_plain",

@@ -31,12 +31,13 @@ class AttentionLayer:
     """Whether keys come in parts, around a ring of processes: `keys` are those of a part."""
 
 
-def ring_size(config: RunConfig) -> int:
-    """How many processes pass keys and values around; 1 where nothing but all-to-alls is needed."""
+def ring_size(config: RunConfig, sp: int | None = None) -> int:
+    """How many of sp processes pass keys and values around; 1 where nothing but all-to-alls is
+    needed."""
     if not has_full_attention(config.model.name):
         return 1
     _, _, num_heads = config.model.dimensions
-    return attention_degrees(config.parallel.sp, num_heads)[1]
+    return attention_degrees(config.parallel.sp if sp is None else sp, num_heads)[1]
 
 
 def attention_layers(config: RunConfig, latents: tuple[int, int, int]) -> list[AttentionLayer]:

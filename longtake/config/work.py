@@ -81,6 +81,33 @@ def predicted_peak(
     """
     if kernels_by_layer(config, latents[1:], mesh.device)["element-wise"] != "triton":
         return None
+    return peak_of_grid(
+        config,
+        model,
+        latents,
+        micro_batch=micro_batch,
+        shards=mesh.num_shards,
+        processes=mesh.world_size,
+        sp=mesh.sp,
+        accumulation=accumulation,
+        bytes_per_value=compute_dtype(config.parallel, mesh.device).itemsize,
+    )
+
+
+def peak_of_grid(
+    config: RunConfig,
+    model: nn.Module,
+    latents: tuple[int, int, int, int],
+    *,
+    micro_batch: int,
+    shards: int,
+    processes: int,
+    sp: int,
+    accumulation: int = 1,
+    bytes_per_value: int = 2,
+) -> PeakMemory:
+    """The same on a grid of so many processes, of which `shards` share one copy of the weights and
+    sp the tokens of a sample, with fused operations."""
     depth, hidden_size, num_heads = config.model.dimensions
     blocks = model.blocks
     assert isinstance(blocks, nn.ModuleList)
@@ -101,16 +128,14 @@ def predicted_peak(
         kept_blocks=config.parallel.kept_blocks,
         pieces=config.parallel.pieces,
         zero=config.parallel.zero,
-        shards=mesh.num_shards,
-        blocks_per_unit=blocks_per_unit(
-            config.parallel, depth, shards=mesh.num_shards, processes=mesh.world_size
-        ),
-        sp=mesh.sp,
+        shards=shards,
+        blocks_per_unit=blocks_per_unit(config.parallel, depth, shards=shards, processes=processes),
+        sp=sp,
         accumulation=accumulation,
         text_tokens=config.model.max_caption_tokens,
         mlp_ratio=config.model.mlp_ratio,
         piece_tokens=PIECE_TOKENS,
-        bytes_per_value=compute_dtype(config.parallel, mesh.device).itemsize,
+        bytes_per_value=bytes_per_value,
     )
 
 

@@ -5,6 +5,8 @@ from longtake.planning.break_even import break_even_steps
 from longtake.planning.communication import (
     ShardingTraffic,
     exchanged_bytes,
+    exchanges_again,
+    forwards_again,
     ring_bytes,
     sharding_traffic,
 )
@@ -49,8 +51,10 @@ __all__ = [
     "break_even_steps",
     "count_tokens",
     "exchanged_bytes",
+    "exchanges_again",
     "floor_seconds",
     "forward_macs",
+    "forwards_again",
     "has_full_attention",
     "latent_size",
     "layouts",

@@ -7,17 +7,13 @@ latency and the rate of arithmetic are inputs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
-from longtake.planning.communication import exchanged_bytes, sharding_traffic
-from longtake.planning.memory import kept_tensors
-from longtake.planning.tokens import TokenGrid, has_full_attention
+from longtake.planning.communication import exchanged_bytes, ring_bytes, sharding_traffic
+from longtake.planning.memory import PeakMemory
+from longtake.planning.tokens import TokenGrid
 
-# Of a parameter in fp32: weight, two moments, average, gradient.
-STATE_BYTES = 20
-# Of one in bf16, where it stays gathered.
-_GATHERED_BYTES = 2
 # Moved by the optimizer for a parameter, as the floor of a step counts it.
 _UPDATE_BYTES = 36
 
@@ -56,11 +52,15 @@ class LayoutWork:
     depth: int
     grid: TokenGrid
     flops_per_sample: float
+    peak: Callable[[int, int, int], PeakMemory]
+    """Of a process's memory, by dp_replicate, dp_shard and sp."""
+    ring: Callable[[int], int] = lambda sp: 1
+    """How many of sp processes pass keys and values around."""
     micro_batch: int = 1
     """Samples of one step for each group of processes that share tokens."""
-    checkpointing: str = "selective"
-    """One that is neither "none" nor "selective" computes whole blocks again, as "full" does."""
-    mlp_ratio: float = 4.0
+    forwards_again: float = 0
+    """Beside the first, see `planning.forwards_again`."""
+    exchanges_again: float = 0
     zero: int = 2
     """3 gathers weights twice and frees them in between; with 0 all processes are replicas."""
     blocks_per_unit: int = 1
@@ -74,16 +74,14 @@ class Layout:
     dp_shard: int
     sp: int
     micro_batch: int
-    state_bytes: float
-    """With the weights in bf16 where they stay gathered."""
-    activation_bytes: float
+    memory: PeakMemory
     compute_seconds: float
     shard_seconds: float
     """All-gathers of weights and reduce-scatters of gradients."""
     replica_seconds: float
     """All-reduces of gradients between replicas."""
     exchange_seconds: float
-    """All-to-alls of tokens."""
+    """All-to-alls of tokens, and keys and values around rings."""
     update_seconds: float
     """The optimizer's pass over the parameters that this GPU holds."""
 
@@ -91,10 +89,6 @@ class Layout:
     def samples_at_once(self) -> int:
         """Of all groups."""
         return self.dp_replicate * self.dp_shard * self.micro_batch
-
-    @property
-    def memory_bytes(self) -> float:
-        return self.state_bytes + self.activation_bytes
 
     @property
     def exposed_seconds(self) -> float:
@@ -131,7 +125,7 @@ def layouts(
 
 def best_layout(found: list[Layout], *, memory_bytes: float) -> Layout | None:
     """Of those that fit, the one whose GPUs train most samples; None if none fits."""
-    fitting = (one for one in found if one.memory_bytes <= memory_bytes)
+    fitting = (one for one in found if one.memory.total <= memory_bytes)
     return min(fitting, key=lambda one: one.seconds_per_sample, default=None)
 
 
@@ -154,37 +148,24 @@ def _layout(
     rounds = (gathers + 1) * units * (shards - 1)
     between = links.over(copies, stride=shards)
     tree = units * 2 * math.ceil(math.log2(copies)) if copies > 1 else 0
-    gathered = 0 if is_freed else _GATHERED_BYTES * work.parameters
-    exchanged = work.micro_batch * exchanged_bytes(
-        work.model, work.grid, hidden_size=work.hidden_size, depth=work.depth, sp=sp
-    )
-    keeps = partial(
-        kept_tensors,
-        work.model,
-        tokens_per_width=work.grid.total / sp / work.hidden_size,
-        mlp_ratio=work.mlp_ratio,
-    )
-    is_twice = work.checkpointing not in ("none", "selective")
-    passes = 3 if is_twice else 2
-    if work.checkpointing == "nested" and has_full_attention(work.model):
-        passes += 1  # full attention exchanges within what is computed once more
-    tokens = work.micro_batch * work.grid.total / sp
-    kept = keeps(work.checkpointing) * work.depth
-    if is_twice:
-        kept += keeps("selective")  # of the block that is being computed again
-    again = 4 / 3 if is_twice else 1
+    ring = work.ring(sp)
+    where = {"hidden_size": work.hidden_size, "depth": work.depth, "sp": sp, "ring": ring}
+    leaving = exchanged_bytes(work.model, work.grid, **where) * (1 - ring / sp)
+    around = ring_bytes(work.model, work.grid, **where)
+    again = work.exchanges_again
+    of_tokens = work.micro_batch * ((2 + again) * leaving + (3 + again) * around)
+    flops = work.micro_batch * work.flops_per_sample * (1 + work.forwards_again / 3)
     return Layout(
         dp_replicate=replicas,
         dp_shard=dp_shard,
         sp=sp,
         micro_batch=work.micro_batch,
-        state_bytes=STATE_BYTES * work.parameters / shards + gathered,
-        activation_bytes=2 * kept * tokens * work.hidden_size,
-        compute_seconds=again * work.micro_batch * work.flops_per_sample / sp / flops_per_second,
+        memory=work.peak(replicas, dp_shard, sp),
+        compute_seconds=flops / sp / flops_per_second,
         shard_seconds=(sent.gathered + sent.scattered) / inside + rounds * links.latency_seconds,
         update_seconds=_UPDATE_BYTES * work.parameters / shards / memory_rate,
         replica_seconds=sent.reduced / between + tree * links.latency_seconds,
-        exchange_seconds=passes * exchanged * (sp - 1) / sp / links.over(sp),
+        exchange_seconds=of_tokens / links.over(sp),
     )
 
 

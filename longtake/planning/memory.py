@@ -90,22 +90,6 @@ class _Branch:
         return self.is_attention and tokens_per_width >= FOLDING_TOKENS_PER_INPUT
 
 
-def kept_tensors(
-    model: str, checkpointing: str, *, tokens_per_width: float, mlp_ratio: float = 4.0
-) -> float:
-    """Tensors of tokens that a block keeps from its forward for its backward; a policy that
-    computes whole blocks again keeps their inputs. tokens_per_width: tokens of a sample on one
-    process over the hidden size. Raises ValueError for an unknown model."""
-    branches = [b.with_folded_gate(tokens_per_width) for b in _branches(model, mlp_ratio)]
-    match checkpointing:
-        case "none":
-            return sum(branch.kept for branch in branches)
-        case "selective":
-            return sum(branch.kept - branch.again for branch in branches)
-        case _:
-            return 1
-
-
 def peak_memory(
     model: str,
     grid: TokenGrid,

@@ -12,7 +12,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from longtake.benchmark.inputs import latent_shape
-from longtake.config import parse_run, work_of_latents
-from longtake.data import Manifest, read_manifest
+from longtake.benchmark.measure import checkpointing_name
+from longtake.config import RunConfig, parse_run, peak_of_grid, ring_size, work_of_latents
+from longtake.data import Bucket, Manifest, read_manifest
 from longtake.encoders.hashed_words import split_words
 from longtake.models import build_model_from_config
 from longtake.parallel import blocks_per_unit
@@ -36,9 +38,12 @@ from longtake.planning import (
     Layout,
     LayoutWork,
     Links,
+    PeakMemory,
     alternatives,
     assumptions,
     best_layout,
+    exchanges_again,
+    forwards_again,
     latent_size,
     layouts,
     mean_tokens,
@@ -246,8 +251,8 @@ def _show(plan: DiskPlan, true_tokens: float | None, is_estimate: bool) -> None:
 
 _LAYOUT = """\
 Which grid of processes a run should use on so many GPUs, by formula: --preset NAME or --config
-FILE, dotted overrides as in train; the batch size is that of the first bucket. Nothing is measured
-here: bandwidths and the rate are what you say.
+FILE, dotted overrides as in train; samples are those of the first bucket, and all buckets' batches
+are shared out. Nothing is measured here: bandwidths and the rate are what you say.
 
   --gpus N               all of them
   --gpus-per-machine N   default 8
@@ -256,7 +261,7 @@ here: bandwidths and the rate are what you say.
   --latency-us X         of one round of a collective; default 5
   --tflops X             of the model a GPU computes without communication; default 450
   --memory-tb-s X        of a GPU's memory, for the optimizer; default 4
-  --memory-gib X         of a GPU, for the model's state and activations; default 70
+  --memory-gib X         of a GPU, for what PyTorch allocates without encoders; default 70
   --micro-batch N        samples at once of each group of processes that share tokens; default 1
   --all                  every layout, not the best ten
 """
@@ -283,71 +288,132 @@ def _layout(arguments: list[str]) -> int:
         if not getattr(chosen, name) > 0:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {getattr(chosen, name):g} must be above 0")
-    bucket = config.data.buckets[0]
-    latents = latent_shape(config, bucket)[1:]
-    with torch.device("meta"):
-        model = build_model_from_config(config.model)
-    depth, hidden_size, _ = config.model.dimensions
-    work = LayoutWork(
-        model=config.model.name,
-        parameters=sum(param.numel() for param in model.parameters()),
-        hidden_size=hidden_size,
-        depth=depth,
-        grid=token_grid(latents, patch=config.model.patch_size),
-        flops_per_sample=work_of_latents(config, latents, samples=1)["flops"],
-        micro_batch=chosen.micro_batch,
-        checkpointing=config.parallel.checkpointing,
-        mlp_ratio=config.model.mlp_ratio,
-        zero=config.parallel.zero,
-        blocks_per_unit=blocks_per_unit(
-            config.parallel, depth, shards=chosen.gpus, processes=chosen.gpus
-        ),
-    )
+    buckets = config.data.buckets
     links = Links(
         machine_bytes=chosen.machine_gb_s * 1e9,
         network_bytes=chosen.network_gb_s * 1e9,
         latency_seconds=chosen.latency_us * 1e-6,
         gpus_per_machine=chosen.gpus_per_machine,
     )
-    found = [
-        one
-        for one in layouts(
+
+    def layouts_of(config: RunConfig) -> list[Layout]:
+        found = layouts(
             chosen.gpus,
-            work,
+            _layout_work(config, chosen.gpus, chosen.micro_batch),
             links=links,
             flops_per_second=chosen.tflops * 1e12,
             memory_rate=chosen.memory_tb_s * 1e12,
         )
-        if one.samples_at_once <= bucket.batch_size
-    ]
+        return [one for one in found if _shares_out(buckets, one)]
+
+    found = layouts_of(config)
     if not found:
+        batches = ", ".join(str(bucket.batch_size) for bucket in buckets)
         raise ValueError(
-            f"a batch of {bucket.batch_size} cannot be shared out to {chosen.gpus} GPUs, of which "
-            f"at most {links.gpus_per_machine} share a sample, with --micro-batch "
-            f"{chosen.micro_batch}: raise --data.buckets.0.batch-size"
+            f"batches of {batches} do not divide into what {chosen.gpus} GPUs take at once, of "
+            f"which at most {links.gpus_per_machine} share a sample, with --micro-batch "
+            f"{chosen.micro_batch}: set --data.buckets.0.batch-size to a multiple of it"
         )
     memory_bytes = chosen.memory_gib * 2**30
     best = best_layout(found, memory_bytes=memory_bytes)
+    work = _layout_work(config, chosen.gpus, chosen.micro_batch)
     print(
         f"{config.name}: {work.parameters / 1e6:,.0f}M parameters, {work.grid.total:,} tokens a "
-        f"sample of {bucket}, batches of {bucket.batch_size}, checkpointing {work.checkpointing}; "
-        f"{chosen.gpus} GPUs. Predicted by formula, milliseconds and GiB of one GPU in a "
-        "micro-batch with its update:"
+        f"sample of {buckets[0]}, batches of {buckets[0].batch_size}, checkpointing "
+        f"{checkpointing_name(config.parallel)}; {chosen.gpus} GPUs. Predicted by formula, "
+        "milliseconds and GiB of one GPU in a micro-batch with its update:"
     )
     _show_layouts(found, best, memory_bytes, number=len(found) if chosen.all else 10)
     if best is None:
-        least = min(found, key=lambda one: one.memory_bytes)
+        lighter = _lighter(config, layouts_of, found, memory_bytes)
         raise ValueError(
             f"no layout fits into --memory-gib {chosen.memory_gib:g}: the least is "
-            f"{least.memory_bytes / 2**30:.0f} GiB, with sp={least.sp}. Try "
-            "--parallel.checkpointing full, a smaller --micro-batch, or more GPUs"
+            f"{_least_gib(found):.0f} GiB. Try {lighter}a smaller --micro-batch, or more GPUs"
         )
     print(
         f"\n--parallel.dp-replicate {best.dp_replicate} --parallel.dp-shard {best.dp_shard} "
         f"--parallel.sp {best.sp} --train.accumulation "
-        f"{max(1, bucket.batch_size // best.samples_at_once)}"
+        f"{buckets[0].batch_size // best.samples_at_once}"
     )
     return 0
+
+
+def _layout_work(config: RunConfig, gpus: int, micro_batch: int) -> LayoutWork:
+    bucket, parallel = config.data.buckets[0], config.parallel
+    latents = latent_shape(config, bucket)
+    with torch.device("meta"):
+        model = build_model_from_config(config.model)
+    depth, hidden_size, _ = config.model.dimensions
+    policy = parallel.checkpointing, parallel.pieces
+    kept_share = parallel.kept_blocks / depth
+
+    def peak(dp_replicate: int, dp_shard: int, sp: int) -> PeakMemory:
+        return peak_of_grid(
+            config,
+            model,
+            latents,
+            micro_batch=micro_batch,
+            shards=1 if parallel.zero == 0 else dp_shard * sp,
+            processes=gpus,
+            sp=sp,
+            accumulation=max(1, bucket.batch_size // (dp_replicate * dp_shard * micro_batch)),
+        )
+
+    return LayoutWork(
+        model=config.model.name,
+        parameters=sum(param.numel() for param in model.parameters()),
+        hidden_size=hidden_size,
+        depth=depth,
+        grid=token_grid(latents[1:], patch=config.model.patch_size),
+        flops_per_sample=work_of_latents(config, latents[1:], samples=1)["flops"],
+        peak=peak,
+        ring=partial(ring_size, config),
+        micro_batch=micro_batch,
+        forwards_again=forwards_again(*policy, kept_share=kept_share),
+        exchanges_again=exchanges_again(config.model.name, *policy, kept_share=kept_share),
+        zero=parallel.zero,
+        blocks_per_unit=blocks_per_unit(parallel, depth, shards=gpus, processes=gpus),
+    )
+
+
+def _shares_out(buckets: Sequence[Bucket], layout: Layout) -> bool:
+    """Whether every bucket's batch divides into micro-batches, as many as the first one's."""
+    accumulation, rest = divmod(buckets[0].batch_size, layout.samples_at_once)
+    groups = layout.dp_replicate * layout.dp_shard
+    return rest == 0 and all(one.batch_size % (groups * accumulation) == 0 for one in buckets)
+
+
+def _least_gib(found: Sequence[Layout]) -> float:
+    return min(one.memory.total for one in found) / 2**30
+
+
+def _lighter(
+    config: RunConfig,
+    layouts_of: Callable[[RunConfig], list[Layout]],
+    found: Sequence[Layout],
+    memory_bytes: float,
+) -> str:
+    """The first policy under which a layout fits, or else the one that takes least, as a part of
+    the advice; nothing if none takes less than the run's own."""
+    least, advice = _least_gib(found), ""
+    for policy in _LIGHTER:
+        parallel = replace(config.parallel, kept_blocks=0, kept_inputs=0, pieces="all", **policy)
+        gib = _least_gib(layouts_of(replace(config, parallel=parallel)))
+        if gib < 0.99 * least:
+            least = gib
+            options = " ".join(f"--parallel.{name} {value}" for name, value in policy.items())
+            advice = f"{options} ({gib:.0f} GiB), "
+        if least * 2**30 <= memory_bytes:
+            break
+    return advice
+
+
+# From the fastest on.
+_LIGHTER: tuple[dict[str, Any], ...] = (
+    {"checkpointing": "full"},
+    {"checkpointing": "nested"},
+    {"checkpointing": "nested", "offload": True},
+)
 
 
 def _show_layouts(
@@ -359,14 +425,14 @@ def _show_layouts(
     for heading in (*headings, "exchanges", "update", "on top", "of compute"):
         table.add_column(heading, justify="right")
     table.add_column("")
-    order = sorted(found, key=lambda one: (one.memory_bytes > memory_bytes, one.seconds_per_sample))
+    order = sorted(found, key=lambda one: (one.memory.total > memory_bytes, one.seconds_per_sample))
     for one in order[:number]:
         seconds = (one.compute_seconds, one.shard_seconds, one.replica_seconds)
         seconds += (one.exchange_seconds, one.update_seconds, one.exposed_seconds)
         cells = [str(one.dp_replicate), str(one.dp_shard), str(one.sp)]
-        cells.append(f"{one.memory_bytes / 2**30:.1f}")
+        cells.append(f"{one.memory.total / 2**30:.1f}")
         cells += [f"{1000 * value:.1f}" for value in seconds]
         cells.append(f"{one.exposed_seconds / one.compute_seconds:.1%}")
-        cells.append("does not fit" if one.memory_bytes > memory_bytes else "")
+        cells.append("does not fit" if one.memory.total > memory_bytes else "")
         table.add_row(*cells, style="bold" if one is best else None)
     Console(soft_wrap=True, highlight=False, width=150).print(table)

@@ -4,7 +4,23 @@ from dataclasses import replace
 
 import pytest
 
-from longtake.planning import LayoutWork, Links, TokenGrid, best_layout, layouts
+from longtake.planning import (
+    LayoutWork,
+    Links,
+    PeakMemory,
+    TokenGrid,
+    best_layout,
+    exchanges_again,
+    forwards_again,
+    layouts,
+)
+
+
+def peak(dp_replicate, dp_shard, sp):
+    """States over those who share them, 20 GB of activations over those who share tokens."""
+    nothing = dict.fromkeys(("gathered", "gradients", "working"), 0.0)
+    return PeakMemory(states=16 * 760e6 / (dp_shard * sp), kept=20e9 / sp, **nothing)
+
 
 # STDiT-XL/2 at 64x512 with every block recomputed.
 WORK = LayoutWork(
@@ -14,7 +30,9 @@ WORK = LayoutWork(
     depth=28,
     grid=TokenGrid(64, 1024),
     flops_per_sample=290e12,
-    checkpointing="full",
+    peak=peak,
+    forwards_again=1,
+    exchanges_again=1,
 )
 LINKS = Links(machine_bytes=200e9, network_bytes=40e9, latency_seconds=0.0, gpus_per_machine=8)
 
@@ -39,9 +57,6 @@ def test_times_are_bytes_over_bandwidth():
     assert sharded.shard_seconds == pytest.approx(6 * 760e6 * 15 / 16 / 200e9)
     freed = _layouts(16, replace(WORK, zero=3))[1, 8, 2]
     assert freed.shard_seconds == pytest.approx(8 * 760e6 * 15 / 16 / 200e9)
-    assert sharded.state_bytes - freed.state_bytes == 2 * 760e6
-    whole = _layouts(1, replace(WORK, zero=3))[1, 1, 1]  # nothing is freed where none shares it
-    assert whole.state_bytes == _layouts(1)[1, 1, 1].state_bytes == 22 * 760e6
     assert sharded.replica_seconds == 0
     exchanged = 3 * 56 * (32 * 1024 * 1152 * 2) / 2
     assert sharded.exchange_seconds == pytest.approx(exchanged / 200e9)
@@ -74,7 +89,6 @@ def test_replicas_alone_share_nothing():
     assert {shards for _, shards, _ in found} == {1}
     both = found[8, 1, 2]
     assert both.shard_seconds == 0
-    assert both.state_bytes == 22 * 760e6
     assert both.replica_seconds == pytest.approx(2 * 4 * 760e6 * 15 / 16 / 200e9)
 
 
@@ -99,31 +113,50 @@ def test_tokens_are_shared_only_where_memory_asks_for_it():
     best = best_layout(found, memory_bytes=70 * 2**30)
     assert best is not None
     assert best.sp == 1
-    assert best.state_bytes <= 22 * WORK.parameters
-    least = min(found, key=lambda one: one.memory_bytes)
-    assert best_layout(found, memory_bytes=least.memory_bytes - 1) is None
-    # One clip of this length fits only if two share it.
-    long = replace(WORK, grid=TokenGrid(360, 1024))
-    found = list(_layouts(8, long).values())
-    limit = min(one.memory_bytes for one in found if one.sp == 1) - 1
+    least = min(found, key=lambda one: one.memory.total)
+    assert best_layout(found, memory_bytes=least.memory.total - 1) is None
+    # Where a clip fits only if two share it, two do.
+    limit = min(one.memory.total for one in found if one.sp == 1) - 1
     best = best_layout(found, memory_bytes=limit)
     assert best is not None
     assert best.sp == 2
-    # A policy that is not known here is counted as the one that recomputes everything.
-    assert _layouts(8, replace(WORK, checkpointing="other")) == _layouts(8)
+
+
+def test_what_is_computed_again_takes_its_time_and_sends_again():
+    once = replace(WORK, forwards_again=0, exchanges_again=0)
+    again = replace(WORK, forwards_again=2, exchanges_again=0.5)
+    first, second = (_layouts(8, work)[1, 4, 2] for work in (once, again))
+    assert second.compute_seconds == pytest.approx(5 / 3 * first.compute_seconds)
+    assert second.exchange_seconds == pytest.approx(2.5 / 2 * first.exchange_seconds)
+
+
+def test_beyond_the_heads_keys_go_around_rings():
+    # 16 heads: two exchange heads, and three pass keys and values on.
+    grid = TokenGrid(16, 256)
+    work = replace(
+        WORK, model="pixart", grid=grid, ring=lambda sp: {6: 3}.get(sp, 1), exchanges_again=0
+    )
+    found = _layouts(6, work)[1, 1, 6]
+    tensor = -(-grid.total // 6) * 1152 * 2 * 28
+    # Half of what two exchange leaves; around a ring all does, and in the backward twice.
+    assert found.exchange_seconds == pytest.approx(
+        (2 * 4 * tensor / 2 + 3 * 2 * 2 * tensor) / 200e9
+    )
 
 
 @pytest.mark.parametrize(
-    ("model", "whole", "selective"),
-    # As docs/memory.md counts them, with gates of attention in the weights.
-    [("stdit", 25, 19), ("stdit2", 32, 25), ("pixart", 20, 14), ("dit", 17, 11), ("latte", 17, 11)],
+    ("checkpointing", "pieces", "forwards", "of_full_attention"),
+    [
+        ("none", "all", 0, 0),
+        ("selective", "all", 0, 0),
+        ("full", "all", 1, 1),
+        ("nested", "all", 2, 2),
+        ("nested", "pointwise", 1, 1),
+    ],
 )
-def test_each_model_keeps_its_own_tensors(model, whole, selective):
-    tensor = 64 * 1024 * 1152 * 2
-    for policy, tensors in (
-        ("none", 28 * whole),
-        ("selective", 28 * selective),
-        ("full", 28 + selective),
-    ):
-        work = replace(WORK, model=model, checkpointing=policy)
-        assert _layouts(1, work)[1, 1, 1].activation_bytes == tensors * tensor
+def test_forwards_of_each_policy(checkpointing, pieces, forwards, of_full_attention):
+    policy = checkpointing, pieces
+    assert forwards_again(*policy) == forwards
+    assert forwards_again(*policy, kept_share=0.25) == 0.75 * forwards
+    assert exchanges_again("pixart", *policy) == of_full_attention
+    assert exchanges_again("stdit", *policy) == min(1, forwards)  # its exchange is the block's

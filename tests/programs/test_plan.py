@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 
 from longtake import cli
+from longtake.config import peak_of_grid
 from longtake.config.command_line import parse_train
+from longtake.models import build_model_from_config
 from tests.programs.runs import tiny_config, write_manifest
 from tests.programs.stores import encode_here, files_of, make_many_clips
 
@@ -108,11 +111,47 @@ def test_a_layout_is_recommended_in_words_that_train_takes(capsys):
     assert said.out.strip().splitlines()[-1].endswith("--parallel.sp 4 --train.accumulation 1")
 
 
+def test_what_train_takes_divides_every_batch(capsys):
+    batches = ("--data.buckets.0.batch-size", 20)
+    _, said = _plan_layout(capsys, "--gpus", 8, *batches, "--all")
+    cells = [line.split() for line in said.out.splitlines()]
+    grids = {tuple(map(int, row[:3])) for row in cells if row and row[0].isdigit()}
+    assert {replicas * shards for replicas, shards, _ in grids} == {1, 2, 4}  # and not 8
+    options = said.out.strip().splitlines()[-1].split()
+    parallel = parse_train(["--preset", "stdit-xl2-64x512", *options]).config
+    groups = parallel.parallel.dp_replicate * parallel.parallel.dp_shard
+    assert 20 % (groups * parallel.train.accumulation) == 0
+    assert groups * parallel.parallel.sp == 8
+
+
+def test_memory_is_what_a_run_would_be_told(capsys):
+    policy = ("--parallel.offload", "True", "--parallel.checkpointing", "nested")
+    _, said = _plan_layout(capsys, "--gpus", 2, *policy, "--parallel.kept-inputs", 3)
+    assert "checkpointing nested, offloaded but 3 inputs; 2 GPUs" in said.out
+    (row,) = (line.split() for line in said.out.splitlines() if line.split()[:3] == ["1", "1", "2"])
+    config = parse_train(
+        ["--preset", "stdit-xl2-64x512", "--parallel.sp", "2", *policy, "--parallel.kept-inputs=3"]
+    ).config
+    with torch.device("meta"):
+        model = build_model_from_config(config.model)
+    latents = (4, 64, 64, 64)
+    how = {"micro_batch": 1, "shards": 2, "processes": 2, "sp": 2, "accumulation": 16}
+    expected = peak_of_grid(config, model, latents, **how)
+    assert row[3] == f"{expected.total / 2**30:.1f}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--gpus", 1024), "a batch of 16 cannot be shared out to 1024 GPUs, of which at most 8"),
-        (("--gpus", 8, "--memory-gib", 2), "no layout fits into --memory-gib 2: the least is"),
+        (
+            ("--gpus", 1024),
+            "batches of 16 do not divide into what 1024 GPUs take at once, of which at most 8",
+        ),
+        (
+            ("--gpus", 8, "--memory-gib", 2),
+            "no layout fits into --memory-gib 2: the least is 5 GiB. Try --parallel.checkpointing "
+            "nested --parallel.offload True (4 GiB), a smaller --micro-batch, or more GPUs",
+        ),
         (("--gpus", 8, "--tflops", 0), "--tflops 0 must be above 0"),
     ],
 )
