@@ -55,6 +55,8 @@ def encode_batch(
     batch, which all of them then encode together.
     """
     captions = batch.captions
+    if isinstance(batch, EncodedBatch) and batch.is_partial:
+        shared = shared.if_same(batch.to_encode())
     batch = batch.to(device)
     keys = batch.keys(seed)
     is_encoded = isinstance(batch, EncodedBatch)

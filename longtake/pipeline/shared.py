@@ -8,12 +8,16 @@ They have the same clips and captions. Each encodes its part of them and all gat
 
 What fills the last part up is encoded too, which takes no time that the others do not take.
 
+What a store lacks of a batch is shared as well, if it is the same for all: a process that alone
+could not read a clip has another in its place, which the store may have.
+
 Letters: B samples, C channels, T frames, H W height and width, L text tokens, K their width; F
-frames or clips, each in a process's own part.
+frames or clips, each in a process's own part. N processes, H bytes of a digest.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +37,16 @@ class SharedEncoding:
     """How the processes of one group share encoding; without a group, each does all of it."""
 
     group: TokenGroup | None = None
+
+    def if_same(self, batch: object) -> SharedEncoding:
+        """This, or each process for itself where what they say of their batches (by its `repr`)
+        differs. All of the group call it together; the host waits for theirs, but no GPU does."""
+        if self.group is None:
+            return self
+        digest = hashlib.sha256(repr(batch).encode()).digest()
+        own_1H = torch.frombuffer(bytearray(digest), dtype=torch.uint8)[None]
+        all_NH = gather_rows(own_1H, self.group, length=self.group.size)
+        return self if bool((all_NH == own_1H).all()) else SharedEncoding()
 
     def video(self, encoder: VideoEncoder) -> EncodeVideo:
         """The encoder's `encode`, with the same result for clips that all of the group have."""

@@ -60,6 +60,15 @@ class EncodedBatch(Samples):
     text_rows_P: Tensor | None = None  # int64, whose captions the store lacks
     missing_captions: list[str] = field(default_factory=list)
     """Those of `text_rows_P`."""
+    is_partial: bool = False
+    """Whether the store lacks something of the run, if not of this batch."""
+
+    def to_encode(self) -> list[object]:
+        """What tells apart two batches of the same slots that encoders are given different parts
+        of: as a sample that cannot be read is replaced, and on one process maybe alone."""
+        rows = (self.pixel_rows_P, self.text_rows_P)
+        listed = [None if rows_P is None else rows_P.tolist() for rows_P in rows]
+        return [*listed, self.captions, [bad.sample_id for bad in self.bad]]
 
     def stats(self, encode: Callable[[Tensor], LatentStats]) -> LatentStats:
         """Of all clips; `encode` is given the pixels_PCTHW of those that the store lacks."""
@@ -292,6 +301,7 @@ class StoreSource:
             pixel_size=(height, width),
             pixels_PCTHW=torch.stack(pixels) if pixels else None,
             pixel_rows_P=_rows([clip.mean_CTHW for clip in clips]),
+            is_partial=self.media is not None and any(self.lacking),
             **samples,
         )
         if not self.with_text:

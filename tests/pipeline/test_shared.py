@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
 
-from longtake.data import Batch
+from longtake.data import BadSample, Batch, Samples
 from longtake.encoders import (
     TextEncoderConfig,
     VideoEncoderConfig,
@@ -22,6 +23,7 @@ from longtake.pipeline import (
     in_turn,
     share_encoding,
 )
+from longtake.store import EncodedBatch
 from tests.processes import run_in_processes
 
 pytest.importorskip("transformers")
@@ -140,3 +142,70 @@ def test_a_group_has_the_inputs_of_one_process(request, kind, placement, sizes, 
                 assert condition.keys() == own.keys()
                 for name, value in condition.items():
                     torch.testing.assert_close(value, own[name], atol=1e-5, rtol=1e-5)
+
+
+def _partly_stored(lacks, replaced=()):
+    """Four clips of two frames and their captions, of which a store lacks some rows; and which
+    samples were replaced because they could not be read."""
+    whole = _batch(4, 2, 0)
+    rows_P = torch.tensor(lacks, dtype=torch.int64)
+    samples = {f.name: getattr(whole, f.name) for f in fields(Samples)}
+    samples["bad"] = [BadSample(sample, "x.mp4", 2, "unreadable", "lost") for sample in replaced]
+    return EncodedBatch(
+        **samples,
+        mean_BCTHW=torch.ones(4, 4, 2, 8, 8),
+        logvar_BCTHW=torch.zeros(4, 4, 2, 8, 8),
+        embeds_BLK=torch.ones(4, 3, T5.channels),
+        mask_BL=torch.ones(4, 3, dtype=torch.bool),
+        pixel_size=(16, 16),
+        pixels_PCTHW=whole.pixels_BCTHW[rows_P] if lacks else None,
+        pixel_rows_P=rows_P if lacks else None,
+        text_rows_P=rows_P if lacks else None,
+        missing_captions=[CAPTIONS[row] for row in lacks],
+        is_partial=True,
+    )
+
+
+def _of_a_store(video_config, batches):
+    """Inputs of each process's own batches, and how many frames and captions it encoded."""
+    mesh = build_mesh(ParallelConfig(sp=2), start_distributed("cpu"))
+    video, text = build_encoders(video_config, replace(T5, placement="replicated"), mesh, 0)
+    shared = share_encoding(mesh)
+    found = []
+    for batch in batches[mesh.rank]:
+        given = []
+
+        def note(x, *, encode, given=given):
+            given.append(x.shape[0] * x.shape[2] if isinstance(x, torch.Tensor) else len(x))
+            return encode(x)
+
+        with pytest.MonkeyPatch.context() as patch:
+            for encoder in (video, text):
+                patch.setattr(encoder, "encode", partial(note, encode=encoder.encode))
+            inputs = encode_batch(
+                batch, video_encoder=video, text_encoder=text, seed=0, device=CPU, shared=shared
+            )
+        found.append((inputs.clean_BCTHW, inputs.condition["prompt_embeds_BLK"], given))
+    return found
+
+
+def test_what_a_store_lacks_is_shared_if_it_is_the_same_for_all(by_frame):
+    same = [_partly_stored([1, 2, 3])] * 2
+    # The second process could not read clip 1, and has one that the store holds in its place.
+    different = [_partly_stored([1, 2]), _partly_stored([2], replaced=[1])]
+    none = [_partly_stored([0]), _partly_stored([], replaced=[0])]
+    # Both lack as much, but one of them for another clip with the same caption.
+    other = [_partly_stored([3]), _partly_stored([3], replaced=[3])]
+    batches = [list(own) for own in zip(same, different, none, other, strict=True)]
+    counts = {
+        0: [[3, 2], [4, 2], [2, 1], [2, 1]],  # frames, captions
+        1: [[3, 2], [2, 1], [], [2, 1]],
+    }
+    video, text = build_video_encoder(by_frame, CPU, 0), build_text_encoder(T5, CPU, 0)
+    both = run_in_processes(_of_a_store, 2, by_frame, batches, timeout_seconds=200)
+    for rank, found in enumerate(both):
+        assert [given for *_, given in found] == counts[rank]
+        for batch, (clean, embeds, _) in zip(batches[rank], found, strict=True):
+            alone = encode_batch(batch, video_encoder=video, text_encoder=text, seed=0, device=CPU)
+            torch.testing.assert_close(clean, alone.clean_BCTHW, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(embeds, alone.condition["prompt_embeds_BLK"])
