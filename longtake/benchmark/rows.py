@@ -429,7 +429,7 @@ _ROWS = (
         printed=(_printed("STDiT (GC, sp=2) 360x512", 0.10, _PER_PAIR),),
         known=(_known("Open-Sora 1.0's sequence parallelism on 2 GPUs, checkpointing", 0.102),),
     ),
-    # Alone on a GPU a step of this would take minutes: there is nothing to compare it with.
+    # A step of it on one GPU has not been timed: there is nothing to compare it with.
     _on_two(
         "stdit-1min-1080p-sp2",
         "STDiT-XL/2 one minute of 1080p, sp=2",

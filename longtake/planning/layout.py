@@ -53,7 +53,8 @@ class LayoutWork:
     grid: TokenGrid
     flops_per_sample: float
     peak: Callable[[int, int, int], PeakMemory]
-    """Of a process's memory, by dp_replicate, dp_shard and sp."""
+    """Of a process's memory, by the groups that have samples of their own, the processes that share
+    one copy of the weights, and those that share tokens."""
     ring: Callable[[int], int] = lambda sp: 1
     """How many of sp processes pass keys and values around."""
     micro_batch: int = 1
@@ -160,7 +161,7 @@ def _layout(
         dp_shard=dp_shard,
         sp=sp,
         micro_batch=work.micro_batch,
-        memory=work.peak(replicas, dp_shard, sp),
+        memory=work.peak(replicas * dp_shard, shards, sp),
         compute_seconds=flops / sp / flops_per_second,
         shard_seconds=(sent.gathered + sent.scattered) / inside + rounds * links.latency_seconds,
         update_seconds=_UPDATE_BYTES * work.parameters / shards / memory_rate,

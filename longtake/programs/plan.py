@@ -296,17 +296,19 @@ def _layout(arguments: list[str]) -> int:
         gpus_per_machine=chosen.gpus_per_machine,
     )
 
-    def layouts_of(config: RunConfig) -> list[Layout]:
+    def layouts_of(work: LayoutWork) -> list[Layout]:
         found = layouts(
             chosen.gpus,
-            _layout_work(config, chosen.gpus, chosen.micro_batch),
+            work,
             links=links,
             flops_per_second=chosen.tflops * 1e12,
             memory_rate=chosen.memory_tb_s * 1e12,
         )
         return [one for one in found if _shares_out(buckets, one)]
 
-    found = layouts_of(config)
+    work_of = partial(_layout_work, gpus=chosen.gpus, micro_batch=chosen.micro_batch)
+    work = work_of(config)
+    found = layouts_of(work)
     if not found:
         batches = ", ".join(str(bucket.batch_size) for bucket in buckets)
         raise ValueError(
@@ -316,7 +318,6 @@ def _layout(arguments: list[str]) -> int:
         )
     memory_bytes = chosen.memory_gib * 2**30
     best = best_layout(found, memory_bytes=memory_bytes)
-    work = _layout_work(config, chosen.gpus, chosen.micro_batch)
     print(
         f"{config.name}: {work.parameters / 1e6:,.0f}M parameters, {work.grid.total:,} tokens a "
         f"sample of {buckets[0]}, batches of {buckets[0].batch_size}, checkpointing "
@@ -325,7 +326,7 @@ def _layout(arguments: list[str]) -> int:
     )
     _show_layouts(found, best, memory_bytes, number=len(found) if chosen.all else 10)
     if best is None:
-        lighter = _lighter(config, layouts_of, found, memory_bytes)
+        lighter = _lighter(config, lambda other: layouts_of(work_of(other)), found, memory_bytes)
         raise ValueError(
             f"no layout fits into --memory-gib {chosen.memory_gib:g}: the least is "
             f"{_least_gib(found):.0f} GiB. Try {lighter}a smaller --micro-batch, or more GPUs"
@@ -338,7 +339,7 @@ def _layout(arguments: list[str]) -> int:
     return 0
 
 
-def _layout_work(config: RunConfig, gpus: int, micro_batch: int) -> LayoutWork:
+def _layout_work(config: RunConfig, *, gpus: int, micro_batch: int) -> LayoutWork:
     bucket, parallel = config.data.buckets[0], config.parallel
     latents = latent_shape(config, bucket)
     with torch.device("meta"):
@@ -347,16 +348,16 @@ def _layout_work(config: RunConfig, gpus: int, micro_batch: int) -> LayoutWork:
     policy = parallel.checkpointing, parallel.pieces
     kept_share = parallel.kept_blocks / depth
 
-    def peak(dp_replicate: int, dp_shard: int, sp: int) -> PeakMemory:
+    def peak(groups: int, shards: int, sp: int) -> PeakMemory:
         return peak_of_grid(
             config,
             model,
             latents,
             micro_batch=micro_batch,
-            shards=1 if parallel.zero == 0 else dp_shard * sp,
+            shards=shards,
             processes=gpus,
             sp=sp,
-            accumulation=max(1, bucket.batch_size // (dp_replicate * dp_shard * micro_batch)),
+            accumulation=max(1, bucket.batch_size // (groups * micro_batch)),
         )
 
     return LayoutWork(

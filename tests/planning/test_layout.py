@@ -16,10 +16,10 @@ from longtake.planning import (
 )
 
 
-def peak(dp_replicate, dp_shard, sp):
+def peak(groups, shards, sp):
     """States over those who share them, 20 GB of activations over those who share tokens."""
     nothing = dict.fromkeys(("gathered", "gradients", "working"), 0.0)
-    return PeakMemory(states=16 * 760e6 / (dp_shard * sp), kept=20e9 / sp, **nothing)
+    return PeakMemory(states=16 * 760e6 / shards, kept=20e9 / sp, **nothing)
 
 
 # STDiT-XL/2 at 64x512 with every block recomputed.

@@ -118,10 +118,10 @@ def test_what_train_takes_divides_every_batch(capsys):
     grids = {tuple(map(int, row[:3])) for row in cells if row and row[0].isdigit()}
     assert {replicas * shards for replicas, shards, _ in grids} == {1, 2, 4}  # and not 8
     options = said.out.strip().splitlines()[-1].split()
-    parallel = parse_train(["--preset", "stdit-xl2-64x512", *options]).config
-    groups = parallel.parallel.dp_replicate * parallel.parallel.dp_shard
-    assert 20 % (groups * parallel.train.accumulation) == 0
-    assert groups * parallel.parallel.sp == 8
+    config = parse_train(["--preset", "stdit-xl2-64x512", *options]).config
+    groups = config.parallel.dp_replicate * config.parallel.dp_shard
+    assert 20 % (groups * config.train.accumulation) == 0
+    assert groups * config.parallel.sp == 8
 
 
 def test_memory_is_what_a_run_would_be_told(capsys):
