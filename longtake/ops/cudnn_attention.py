@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longtake.ops import kernels
+from longtake.ops.attended import keeps_attended
 from longtake.ops.operation import operation, register_autograd, register_fake
 
 aten = torch.ops.aten
@@ -92,6 +93,7 @@ def cudnn_attend_backward(
 
 
 @operation("longtake::cudnn_attention")
+@keeps_attended
 def _cudnn_attention(
     qkv_BN3AE: Tensor,  # (B, N, 3, A, E), last dimension dense
 ) -> tuple[Tensor, Tensor]:

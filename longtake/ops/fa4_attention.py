@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.ops.attended import keeps_attended
 from longtake.ops.kernels import is_hopper
 from longtake.ops.operation import operation, register_autograd, register_fake
 from longtake.ops.resize_heads import resize_heads
@@ -192,6 +193,7 @@ def _attend_backward(
 
 
 @operation("longtake::fa4_attention")
+@keeps_attended
 def _fa4_attention(
     qkv_BN3AE: Tensor,  # (B, N, 3, A, E), last dimension dense
 ) -> tuple[Tensor, Tensor]:

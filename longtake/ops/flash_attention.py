@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.ops.attended import keeps_attended
 from longtake.ops.flash_attention_kernel import (
     flash_attention_forward,
     flash_attention_key_value_gradient,
@@ -202,6 +203,7 @@ def _launch_options(qkv_BN3AE: Tensor, tiles: Tiles) -> dict[str, Any]:
 
 
 @operation("longtake::flash_attention")
+@keeps_attended
 def _flash_attention(
     qkv_BN3AE: Tensor,  # (B, N, 3, A, E), any strides; a dense last dimension saves a copy
 ) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from longtake.models.layers import (
     SpatialAttention,
     TemporalAttention,
 )
+from longtake.ops.attended import giving_attended, keeping_attended
 
 Pieces = Literal["all", "pointwise"]
 """Which branches: all, or those whose tokens do not see each other, the MLP and attention to text.
@@ -156,24 +157,30 @@ class _InPieces(torch.autograd.Function):
         rest, ctx.params = rest_and_params[:num_rest], rest_and_params[num_rest:]
         rest = tuple(map(_leaf, rest))
 
+        attended: list[Tensor] = []
+
         def forward_of(piece: _Piece) -> Tensor:
             # With a graph that is dropped at once: so that forward and backward share a compiled
             # graph, and what is computed again is the same to the bit.
-            with _own_graph():
-                return run(_leaf(_part(x_BND, piece)), *rest).detach()
+            with _own_graph(), keeping_attended(attended):
+                return run(_part(x_BND, piece).detach().requires_grad_(), *rest).detach()
 
-        return _joined(forward_of, x_BND, pieces)
+        out_BND = _joined(forward_of, x_BND, pieces)
+        # As all that is saved in a checkpointed block, this is kept only when it is computed again.
+        ctx.save_for_backward(*attended)
+        return out_BND
 
     @staticmethod
     def backward(ctx: Any, dout_BND: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x_BND, *rest = ctx.inputs.grad_fn.saved_tensors
         ctx.inputs = None  # no backward goes there to let go of them
+        attended = list(ctx.saved_tensors)
         rest = list(map(_leaf, rest))
         shared = [t for t in (*rest, *ctx.params) if t is not None and t.requires_grad]
         sums: list[Tensor] = []
 
         def backward_of(piece: _Piece) -> Tensor:
-            with _own_graph():
+            with _own_graph(), giving_attended(attended):
                 x_part = _part(x_BND, piece).detach().requires_grad_()
                 out_part = ctx.run(x_part, *rest)
             dout_part = _part(dout_BND, piece)
@@ -182,6 +189,7 @@ class _InPieces(torch.autograd.Function):
             return dx_part
 
         dx_BND = _joined(backward_of, x_BND, ctx.pieces)
+        assert not attended, "a branch computed again attends as often as before"
         found = iter(t.to(like.dtype) for t, like in zip(sums, shared, strict=True))
         gradients = (
             next(found) if t is not None and t.requires_grad else None for t in (*rest, *ctx.params)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.diffusion import DiffusionConfig, build_objective
 from longtake.models import build_model, init_weights
+from longtake.ops import attended
 from longtake.ops.kernels import PLAIN, KernelConfig, kernels_as
 from longtake.parallel import (
     Mesh,
@@ -69,6 +70,8 @@ class Case:
     kernels: KernelConfig = PLAIN
     piece_tokens: int = branches.PIECE_TOKENS
     """Of branches that run in pieces."""
+    kept_keys: int = attended.KEPT_KEYS
+    """From which on what attention found is kept in them."""
 
     def on(self, **parallel: Any) -> Case:
         """The same, spread like this."""
@@ -189,6 +192,7 @@ def sharded(
         # Else a block of an earlier case needs no graph, and a ninth kind of block gets none.
         torch._dynamo.reset()
         branches.PIECE_TOKENS = case.piece_tokens
+        attended.KEPT_KEYS = case.kept_keys
         mesh = build_mesh(case.parallel, device)
         model = parallel_model(case, mesh)
         own, loss = _own_samples(mesh), torch.zeros((), device=device)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,8 +17,15 @@ from torch.utils._pytree import tree_leaves
 
 from longtake.models import init_weights
 from longtake.models.layers import GatedMlp
+from longtake.ops import attended, cudnn_attention, flash_attention
+from longtake.ops.kernels import PLAIN, KernelConfig, kernels_as
+from longtake.ops.partial_attention import (
+    partial_attention_backward_reference,
+    partial_attention_reference,
+)
 from longtake.parallel import ParallelConfig, branches
 from longtake.parallel.activation_checkpointing import checkpoint_blocks
+from longtake.parallel.compile import compile_blocks
 from longtake.parallel.offload import StreamOffload
 from tests.parallel.sequence_cases import (
     BATCH,
@@ -286,6 +295,98 @@ def test_the_last_branch_of_a_block_is_computed_once_less_than_the_others():
     assert counts == {"attn": 3, "attn_temp": 3, "cross_attn": 3, "mlp": 2}
 
 
+def _plain_attention(monkeypatch) -> Counter:
+    """Puts plain torch in place of our kernels of attention, within the operation, and counts by
+    the number of keys how often it computes."""
+    counts = Counter()
+
+    def launch_forward(qkv_BN3AE):
+        counts[qkv_BN3AE.shape[1]] += 1
+        out_BNAE, lse_BAN = partial_attention_reference(*qkv_BN3AE.unbind(2))
+        tiles = flash_attention.forward_tiles(*qkv_BN3AE.shape[1::3], qkv_BN3AE.dtype)
+        return out_BNAE, F.pad(lse_BAN, (0, -lse_BAN.shape[-1] % tiles.queries))
+
+    def launch_backward(dout_BNAE, qkv_BN3AE, out_BNAE, lse_BAR):
+        q_kv = qkv_BN3AE.unbind(2)
+        lse_BAN = lse_BAR[..., : qkv_BN3AE.shape[1]]
+        gradients = partial_attention_backward_reference(dout_BNAE, *q_kv, out_BNAE, lse_BAN)
+        return torch.stack(gradients, dim=2)
+
+    monkeypatch.setattr(flash_attention, "flash_problem", lambda *_: None)
+    monkeypatch.setattr(flash_attention, "launch_forward", launch_forward)
+    monkeypatch.setattr(flash_attention, "launch_backward", launch_backward)
+    return counts
+
+
+_ALONG_SPACE = replace(PLAIN, self_attention="triton")
+
+
+@pytest.mark.parametrize(
+    ("name", "latents", "keys", "pieces", "compiled"),
+    [
+        ("stdit", UNEVEN, 9, 3, True),
+        ("stdit2", EVEN, 8, 2, False),
+        ("latte", EVEN, 8, 2, False),
+        ("pixart", EVEN, 32, 1, True),
+    ],
+)
+def test_attention_is_computed_twice_and_not_three_times(
+    name, latents, keys, pieces, compiled, monkeypatch
+):
+    """What it found is kept when a block is computed again, and all is the same to the bit."""
+    monkeypatch.setattr(branches, "PIECE_TOKENS", 64)
+    counts = _plain_attention(monkeypatch)
+    case, found = Case(name, latents=latents), []
+    for kept_keys, times in ((keys + 1, 3), (keys, 2)):
+        monkeypatch.setattr(attended, "KEPT_KEYS", kept_keys)
+        torch.compiler.reset()
+        model = build(case)
+        init_weights(model, seed=0, write=write_shaken)
+        if compiled:
+            all_branches = (b for block in model.blocks for b in branches.branches_of(block))
+            compile_blocks(all_branches, backend="aot_eager")
+        checkpoint_blocks(model.blocks, "nested", offload=True)
+        for _ in range(2):  # what is kept of one step is none of the next's
+            counts.clear()
+            model.zero_grad()
+            with kernels_as(_ALONG_SPACE):
+                loss = loss_of(model, case, inputs_of(case, range(BATCH)))
+                loss.backward()
+            assert counts == {keys: times * pieces * (1 if name == "latte" else 2)}
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append({"loss": loss.detach()} | gradients)
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+    assert_same((float(loss.detach()), gradients), case, tolerance=1e-5)
+
+
+def test_what_attention_found_is_let_go_piece_by_piece(monkeypatch):
+    monkeypatch.setattr(branches, "PIECE_TOKENS", 64)
+    monkeypatch.setattr(attended, "KEPT_KEYS", 9)
+    _plain_attention(monkeypatch)
+    case, kept, alive = Case("stdit", depth=1), [], []
+    plainly = flash_attention.launch_forward, flash_attention.launch_backward
+
+    def launch_forward(qkv_BN3AE):
+        found = plainly[0](qkv_BN3AE)
+        kept.extend(StorageWeakRef(tensor.untyped_storage()) for tensor in found)
+        return found
+
+    def launch_backward(*args):
+        alive.append(sum(not storage.expired() for storage in kept))
+        return plainly[1](*args)
+
+    monkeypatch.setattr(flash_attention, "launch_forward", launch_forward)
+    monkeypatch.setattr(flash_attention, "launch_backward", launch_backward)
+    model = _checkpointed(case, "nested", dtype=torch.float32)
+    with kernels_as(_ALONG_SPACE):
+        loss = loss_of(model, case, inputs_of(case, range(BATCH)))
+        assert len(kept) == 6, "of three pieces, output and log-sum-exp"
+        assert all(storage.expired() for storage in kept)
+        loss.backward()
+    assert alive == [6, 4, 2]
+    assert all(storage.expired() for storage in kept), "and loss is there still"
+
+
 class _Square(torch.autograd.Function):
     """Keeps its input, as a checkpointed block does."""
 
@@ -352,3 +453,38 @@ def test_on_a_gpu_nested_and_offloaded_is_the_same_in_less_memory(monkeypatch):
     # Of six inputs three are elsewhere at the turn.
     stream_bytes = BATCH * 16 * 32 * 32 * SIZES["hidden_size"] * 4
     assert peaks[2] <= peaks[1] - 2 * stream_bytes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_attention_by_cudnn_is_computed_twice(monkeypatch):
+    case, device = Case("stdit", latents=(6, 64, 64), num_heads=1), torch.device("cuda")
+    monkeypatch.setattr(branches, "PIECE_TOKENS", BATCH * 2048)  # two frames
+    attend, counts, found = cudnn_attention.cudnn_attend, Counter(), []
+
+    def counted(q_BNAE, k_BNAE, v_BNAE):
+        counts[q_BNAE.shape[1]] += 1
+        return attend(q_BNAE, k_BNAE, v_BNAE)
+
+    monkeypatch.setattr(cudnn_attention, "cudnn_attend", counted)
+    for kept_keys, times in ((1025, 3), (1024, 2)):
+        monkeypatch.setattr(attended, "KEPT_KEYS", kept_keys)
+        torch.compiler.reset()
+        model = build(case).to(device, torch.bfloat16)
+        init_weights(model, seed=0, write=write_shaken)
+        compile_blocks(b for block in model.blocks for b in branches.branches_of(block))
+        checkpoint_blocks(model.blocks, "nested")
+        inputs = to_device(inputs_of(case, range(BATCH), dtype=torch.bfloat16), device)
+        with kernels_as(KernelConfig(self_attention="cudnn")):
+            for _ in range(2):
+                counts.clear()
+                model.zero_grad()
+                loss = loss_of(model, case, inputs)
+                loss.backward()
+                assert counts == {1024: times * 3 * 2}, "a piece of a block"
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append({"loss": loss.detach()} | gradients)
+    for name, tensor in found[0].items():
+        # Gradients of queries are summed in no fixed order, and then rounded to bf16.
+        error = (found[1][name] - tensor).float().norm() / tensor.float().norm()
+        assert error < 0.02, f"{name}: {error:.2g}"

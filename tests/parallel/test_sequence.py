@@ -104,9 +104,10 @@ def test_on_fused_kernels_it_stays_the_same():
         # Micro-batches of one arrive in order: PyTorch 2.11 took what needs no copy for a view.
         Case("stdit", kernels=FUSED, accumulation=4).on(sp=2, compile=True, checkpointing="none"),
         Case("pixart", kernels=FUSED).on(sp=2, compile=True, checkpointing="full"),
-        Case("stdit", kernels=FUSED, piece_tokens=40).on(
+        Case("stdit", kernels=FUSED, piece_tokens=40, kept_keys=9).on(
             sp=2, compile=True, checkpointing="nested"
         ),
+        Case("dit", kernels=FUSED, kept_keys=27).on(sp=2, checkpointing="nested"),
         Case("stdit", kernels=FUSED, piece_tokens=40).on(
             sp=2, compile=True, checkpointing="nested", pieces="pointwise", kept_blocks=1
         ),
