@@ -20,7 +20,12 @@ from longtake.planning.disk import (
     text_of_shape,
 )
 from longtake.planning.floor import Ceilings, attention_rate, floor_seconds
-from longtake.planning.flops import forward_macs, model_flops_utilization, training_flops
+from longtake.planning.flops import (
+    attention_macs,
+    forward_macs,
+    model_flops_utilization,
+    training_flops,
+)
 from longtake.planning.hardware import peak_bf16_flops
 from longtake.planning.layout import Layout, LayoutWork, Links, best_layout, layouts
 from longtake.planning.memory import PeakMemory, peak_memory
@@ -46,6 +51,7 @@ __all__ = [
     "TokenGrid",
     "alternatives",
     "assumptions",
+    "attention_macs",
     "attention_rate",
     "best_layout",
     "break_even_steps",

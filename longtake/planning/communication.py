@@ -97,15 +97,17 @@ def exchanged_bytes(
     return passes * tokens * hidden_size * bytes_per_value
 
 
-def forwards_again(checkpointing: str, pieces: str, *, kept_share: float = 0) -> float:
+def forwards_again(
+    checkpointing: str, pieces: str, *, kept_share: float = 0, attended_share: float = 0
+) -> float:
     """Forwards of the blocks that a step computes beside its first, of those of the whole model.
 
     "full" computes a block once more; so does "nested", and of a block computed again the branches
     in `pieces` once more each, but the last, at whose door it stops. What of that the MLP and
     attention to text are is left out here: 2 with all pieces, 1 where they alone are. A share of
-    the blocks may be kept.
+    the blocks may be kept; of a forward, a share may be attention whose results a branch keeps.
     """
-    times = {"full": 1, "nested": 2 if pieces == "all" else 1}
+    times = {"full": 1, "nested": 2 - attended_share if pieces == "all" else 1}
     return times.get(checkpointing, 0) * (1 - kept_share)
 
 

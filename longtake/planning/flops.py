@@ -9,7 +9,7 @@ L text tokens.
 
 from __future__ import annotations
 
-from longtake.planning.tokens import TokenGrid
+from longtake.planning.tokens import TokenGrid, has_full_attention
 
 MODELS = ("dit", "latte", "pixart", "stdit", "stdit2")
 
@@ -44,6 +44,19 @@ def forward_macs(
     projections, keys = _attention(model, grid, depth=depth, text_tokens=text_tokens)
     weights = (projections + 2 * mlp_ratio) * hidden_size**2
     return depth * grid.total * (weights + 2 * hidden_size * keys)
+
+
+def attention_macs(
+    model: str, grid: TokenGrid, *, hidden_size: int, depth: int, least_keys: int
+) -> float:
+    """Of those, what self-attention over so many keys or more takes beside its projections."""
+    keys, blocks = (grid.space, grid.time), [depth, depth]
+    if has_full_attention(model):
+        keys, blocks = (grid.total,), [depth]
+    elif model == "latte":
+        blocks = [depth - depth // 2, depth // 2]
+    met = sum(n * count for n, count in zip(keys, blocks, strict=True) if n >= least_keys)
+    return 2 * hidden_size * grid.total * met
 
 
 def training_flops(forward_macs: float, *, recompute: bool = False) -> float:

@@ -59,8 +59,8 @@ class LayoutWork:
     """How many of sp processes pass keys and values around."""
     micro_batch: int = 1
     """Samples of one step for each group of processes that share tokens."""
-    forwards_again: float = 0
-    """Beside the first, see `planning.forwards_again`."""
+    forwards_again: Callable[[int], float] = lambda ring: 0
+    """Beside the first, where so many processes are a ring; see `planning.forwards_again`."""
     exchanges_again: float = 0
     zero: int = 2
     """3 gathers weights twice and frees them in between; with 0 all processes are replicas."""
@@ -155,7 +155,7 @@ def _layout(
     around = ring_bytes(work.model, work.grid, **where)
     again = work.exchanges_again
     of_tokens = work.micro_batch * ((2 + again) * leaving + (3 + again) * around)
-    flops = work.micro_batch * work.flops_per_sample * (1 + work.forwards_again / 3)
+    flops = work.micro_batch * work.flops_per_sample * (1 + work.forwards_again(ring) / 3)
     return Layout(
         dp_replicate=replicas,
         dp_shard=dp_shard,

@@ -31,6 +31,9 @@ _OFFLOADED_INPUTS = 2
 # A sample of so many tokens per input of attention's output layer has the gate in the layer's
 # weights (longtake.ops.gated_product), and the layer's output is not kept.
 FOLDING_TOKENS_PER_INPUT = 2
+# From so many keys on, what attention in a nested branch found is kept from when its block is
+# computed again (longtake.ops.attended).
+KEPT_KEYS = 1024
 # Gradients of the stream: the one that came to a branch, and the one that it gives.
 _GRADIENTS = 2
 # A stream on its way between processes: what is sent or has been copied out of what arrived, what
@@ -79,6 +82,13 @@ class _Branch:
     """Whether it can run in pieces."""
     is_attention: bool = True
     """Whether its tokens see each other."""
+    keys: int = 0
+    """How many of them a token sees."""
+
+    @property
+    def keeps_attended(self) -> bool:
+        """Whether in pieces it keeps what its attention found."""
+        return self.is_attention and self.keys >= KEPT_KEYS
 
     def with_folded_gate(self, tokens_per_width: float) -> _Branch:
         """The same where the gate goes into the weights, for samples of so many tokens in hidden
@@ -131,17 +141,20 @@ def peak_memory(
 
     "selective" computes normalized tokens and the GELU again: one less a norm, r less for the MLP.
     "full" keeps a block's input, and one block as "none" does; "nested" keeps a block's input and,
-    of one block, the inputs of its branches, with pieces "pointwise" what its self-attention keeps
-    in place of their inputs. Offloaded, two inputs of blocks are there, or the last kept_inputs. Of
-    kept_blocks blocks at the end "selective" keeps what it does; they are done with when the first
-    checkpointed one is computed again.
+    of one block, the inputs of its branches, and what self-attention over KEPT_KEYS or more found,
+    a tensor and a number per head and token; with pieces "pointwise" what its self-attention keeps
+    in place of their inputs. Counted are the fused operations: with others, and in rings, it is
+    computed once more and not kept. Offloaded, two inputs of blocks are there, or the last
+    kept_inputs. Of kept_blocks blocks at the end "selective" keeps what it does; they are done with
+    when the first checkpointed one is computed again.
 
     The MLP's backward, which begins a block's, adds one gradient of the inner tensor and four
     others: r + 4; 3r + 2 where the GELU is computed again. Nested, it is that of a piece,
     its forward included, beside the two of the stream. With sp a nested block may hold more when it
     is computed again and its stream comes back from the temporal branch: three buffers, the stream
     that went there, and one gradient, but no inputs of branches behind. Full attention is one piece
-    and may hold more in its backward: 11 tensors, 17 with sp, again without those inputs.
+    and may hold more in its backward: 11 tensors, 17 with sp, again without those inputs, and
+    without what it found where that is kept.
 
     Five moments are compared: the loss, when all is kept, the final layer's input with it; the turn
     to the backward, which brings the last block's working set and a gradient in place of that
@@ -156,7 +169,7 @@ def peak_memory(
     tokens_per_width = tokens_of_sample / hidden_size if hidden_size else 0
     tokens = micro_batch * tokens_of_sample
     tensor = tokens * hidden_size * bytes_per_value
-    branches = [b.with_folded_gate(tokens_per_width) for b in _branches(model, mlp_ratio)]
+    branches = [b.with_folded_gate(tokens_per_width) for b in _branches(model, grid, mlp_ratio)]
     folded = sum(branch.folds(tokens_per_width) for branch in branches)
 
     def rows_of(some: list[_Branch]) -> float:
@@ -188,6 +201,8 @@ def peak_memory(
             whole = [b for b in branches if b.is_attention] if pieces == "pointwise" else []
             in_pieces = [branch for branch in branches if branch not in whole]
             again = (sum(b.kept for b in whole) + len(in_pieces)) * tensor + rows_of(whole)
+            attended = sum(branch.keeps_attended for branch in in_pieces)
+            again += attended * (tensor + _FP32 * tokens * num_heads)
             kept, first = other_inputs + again, late_inputs + again
             share = min(1, piece_tokens / tokens)
             working = _nested_working(branches, in_pieces, share, mlp_ratio, sp) * tensor
@@ -265,30 +280,31 @@ def _nested_working(
         in_attention = _EXCHANGE + 1 + 1 if sp > 1 else 0
     elif attention in in_pieces:
         # All of it at once: forward, a gradient before and three behind, and q, k and v twice more
-        # where they are exchanged.
-        in_attention = 7 + 1 + 3 + (6 if sp > 1 else 0)
+        # where they are exchanged. What it found may be kept already.
+        in_attention = 7 + 1 + 3 + (6 if sp > 1 else 0) - attention.keeps_attended
     else:
         in_attention = 0
     return max(in_mlp, in_attention - behind)
 
 
-def _branches(model: str, mlp_ratio: float) -> list[_Branch]:
+def _branches(model: str, grid: TokenGrid, mlp_ratio: float) -> list[_Branch]:
     mlp = _Branch(kept=3 + 2 * mlp_ratio, again=1 + mlp_ratio, norms=1, is_attention=False)
-    spatial = _Branch(kept=7, again=1, log_sums=1, norms=1)
-    full = replace(spatial, is_cut=False)
+    spatial = _Branch(kept=7, again=1, log_sums=1, norms=1, keys=grid.space)
+    full = replace(spatial, is_cut=False, keys=grid.total)
     text = _Branch(kept=3, log_sums=1, is_attention=False)
     match model:
         case "dit":
             return [full, mlp]
         case "latte":
-            return [spatial, mlp]
+            # Every second block's sees along time instead.
+            return [replace(spatial, keys=max(grid.space, grid.time)), mlp]
         case "pixart":
             return [full, text, mlp]
         case "stdit":
-            return [spatial, _Branch(kept=6), text, mlp]
+            return [spatial, _Branch(kept=6, keys=grid.time), text, mlp]
         case "stdit2":
-            normalized = _Branch(kept=10, again=1, log_sums=1, norms=1)
-            return [normalized, normalized, text, mlp]
+            normalized = _Branch(kept=10, again=1, log_sums=1, norms=1, keys=grid.space)
+            return [normalized, replace(normalized, keys=grid.time), text, mlp]
         case _:
             raise ValueError(
                 f"model={model} has no formula for memory: expected one of dit, latte, pixart, "

@@ -30,6 +30,7 @@ from longtake.config import RunConfig, parse_run, peak_of_grid, ring_size, work_
 from longtake.data import Bucket, Manifest, read_manifest
 from longtake.encoders.hashed_words import split_words
 from longtake.models import build_model_from_config
+from longtake.ops.attended import KEPT_KEYS
 from longtake.parallel import blocks_per_unit
 from longtake.planning import (
     FORMS,
@@ -41,6 +42,7 @@ from longtake.planning import (
     PeakMemory,
     alternatives,
     assumptions,
+    attention_macs,
     best_layout,
     exchanges_again,
     forwards_again,
@@ -50,6 +52,7 @@ from longtake.planning import (
     size_text,
     text_of_shape,
     token_grid,
+    training_flops,
 )
 
 
@@ -347,6 +350,15 @@ def _layout_work(config: RunConfig, *, gpus: int, micro_batch: int) -> LayoutWor
     depth, hidden_size, _ = config.model.dimensions
     policy = parallel.checkpointing, parallel.pieces
     kept_share = parallel.kept_blocks / depth
+    grid = token_grid(latents[1:], patch=config.model.patch_size)
+    flops = work_of_latents(config, latents[1:], samples=1)["flops"]
+    sizes = {"hidden_size": hidden_size, "depth": depth}
+    attended = attention_macs(config.model.name, grid, least_keys=KEPT_KEYS, **sizes)
+    attended_share = training_flops(attended) / flops
+
+    def again(ring: int) -> float:
+        share = attended_share if ring == 1 else 0  # a ring keeps nothing of what it found
+        return forwards_again(*policy, kept_share=kept_share, attended_share=share)
 
     def peak(groups: int, shards: int, sp: int) -> PeakMemory:
         return peak_of_grid(
@@ -365,12 +377,12 @@ def _layout_work(config: RunConfig, *, gpus: int, micro_batch: int) -> LayoutWor
         parameters=sum(param.numel() for param in model.parameters()),
         hidden_size=hidden_size,
         depth=depth,
-        grid=token_grid(latents[1:], patch=config.model.patch_size),
-        flops_per_sample=work_of_latents(config, latents[1:], samples=1)["flops"],
+        grid=grid,
+        flops_per_sample=flops,
         peak=peak,
         ring=partial(ring_size, config),
         micro_batch=micro_batch,
-        forwards_again=forwards_again(*policy, kept_share=kept_share),
+        forwards_again=again,
         exchanges_again=exchanges_again(config.model.name, *policy, kept_share=kept_share),
         zero=parallel.zero,
         blocks_per_unit=blocks_per_unit(parallel, depth, shards=gpus, processes=gpus),

@@ -26,11 +26,13 @@ from longtake.benchmark.inputs import latent_shape
 from longtake.config import RunConfig, predicted_peak
 from longtake.diffusion import DiffusionConfig, build_objective
 from longtake.models import Model, build_model_from_config
+from longtake.ops.attended import keeps_attended
 from longtake.ops.kernels import KernelConfig, kernels_as
 from longtake.parallel import build_mesh, local_part, parallelize
 from longtake.planning import PeakMemory
 
 _EMPTY = torch.ops.aten.empty.memory_format
+_ATTENTION = torch.ops.longtake.flash_attention.default
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
 # Those whose results have shapes for tensors without data on any machine.
 _KERNELS = KernelConfig(
@@ -118,7 +120,9 @@ class _Held(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs: Any = None):
         if func is _WAIT:
             return args[0]  # as with data; without, it would be a tensor of its own
-        out = func(*args, **(kwargs or {}))
+        # What it is with data keeps what it found; without, another function is called.
+        run = keeps_attended(func) if func is _ATTENTION else func
+        out = run(*args, **(kwargs or {}))
         if func is _EMPTY and _is_in("init_all_gather_outputs", "_fsdp_param.py"):
             # Weights are freed and gathered again in the same storage.
             self._resized.append(out.untyped_storage())

@@ -20,6 +20,7 @@ from tests.planning.counted_memory import count_and_predict, count_loss
         ("stdit-xl2-360x512", "pixart", 1, {"checkpointing": "nested"}),
         # With pieces this small the fullest moment is another: tokens between processes.
         ("stdit-xl2-1min-1080p", "stdit", 2, {"checkpointing": "nested", "pieces": "pointwise"}),
+        ("stdit-xl2-1min-1080p", "stdit", 2, {"checkpointing": "nested"}),
     ],
 )
 def test_what_is_predicted_is_what_tensors_take(name, model, sp, fields):

@@ -2,6 +2,7 @@ import pytest
 
 from longtake.planning import (
     TokenGrid,
+    attention_macs,
     count_tokens,
     forward_macs,
     model_flops_utilization,
@@ -68,6 +69,23 @@ def test_latte_of_odd_depth_has_one_more_spatial_block():
     grid = TokenGrid(time=3, space=5)
     one = forward_macs("latte", grid, hidden_size=16, depth=1)
     assert one == grid.total * (12 * 16**2 + 2 * 16 * 5)
+
+
+@pytest.mark.parametrize(
+    ("model", "least_keys", "keys"),
+    [
+        ("stdit", 3, 3 * 5 + 3 * 3),
+        ("stdit", 4, 3 * 5),
+        ("stdit", 6, 0),
+        ("latte", 3, 2 * 5 + 1 * 3),
+        ("latte", 4, 2 * 5),
+        ("pixart", 15, 3 * 15),
+    ],
+)
+def test_attention_over_many_keys_is_counted_by_itself(model, least_keys, keys):
+    grid, sizes = TokenGrid(time=3, space=5), {"hidden_size": 16, "depth": 3}
+    found = attention_macs(model, grid, least_keys=least_keys, **sizes)
+    assert found == 2 * 16 * grid.total * keys
 
 
 def test_mlp_ratio_counts():

@@ -31,7 +31,7 @@ WORK = LayoutWork(
     grid=TokenGrid(64, 1024),
     flops_per_sample=290e12,
     peak=peak,
-    forwards_again=1,
+    forwards_again=lambda ring: 1,
     exchanges_again=1,
 )
 LINKS = Links(machine_bytes=200e9, network_bytes=40e9, latency_seconds=0.0, gpus_per_machine=8)
@@ -123,8 +123,8 @@ def test_tokens_are_shared_only_where_memory_asks_for_it():
 
 
 def test_what_is_computed_again_takes_its_time_and_sends_again():
-    once = replace(WORK, forwards_again=0, exchanges_again=0)
-    again = replace(WORK, forwards_again=2, exchanges_again=0.5)
+    once = replace(WORK, forwards_again=lambda ring: 0, exchanges_again=0)
+    again = replace(WORK, forwards_again=lambda ring: 2, exchanges_again=0.5)
     first, second = (_layouts(8, work)[1, 4, 2] for work in (once, again))
     assert second.compute_seconds == pytest.approx(5 / 3 * first.compute_seconds)
     assert second.exchange_seconds == pytest.approx(2.5 / 2 * first.exchange_seconds)
@@ -160,3 +160,17 @@ def test_forwards_of_each_policy(checkpointing, pieces, forwards, of_full_attent
     assert forwards_again(*policy, kept_share=0.25) == 0.75 * forwards
     assert exchanges_again("pixart", *policy) == of_full_attention
     assert exchanges_again("stdit", *policy) == min(1, forwards)  # its exchange is the block's
+    # A quarter of a forward is attention that a branch keeps.
+    spared = 0.25 if (checkpointing, pieces) == ("nested", "all") else 0
+    assert forwards_again(*policy, attended_share=0.25) == forwards - spared
+
+
+def test_attention_is_computed_again_where_keys_go_around_rings():
+    work = replace(
+        WORK, ring=lambda sp: {8: 2}.get(sp, 1), forwards_again=lambda ring: 2 if ring > 1 else 1.5
+    )
+    found = _layouts(8, work)
+    # On eight GPUs, an eighth of a sample each or a quarter.
+    assert found[1, 1, 8].compute_seconds / found[1, 2, 4].compute_seconds == pytest.approx(
+        (1 + 2 / 3) / (1 + 1.5 / 3) / 2
+    )

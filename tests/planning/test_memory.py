@@ -5,7 +5,7 @@ import torch
 
 from longtake.config import preset
 from longtake.models import build_model_from_config
-from longtake.ops import gated_product
+from longtake.ops import attended, gated_product
 from longtake.planning import PeakMemory, TokenGrid, memory, peak_memory, token_grid
 
 GIB = 2**30
@@ -119,6 +119,10 @@ def test_a_gate_goes_into_the_weights_where_it_does_in_the_operation():
     assert memory.FOLDING_TOKENS_PER_INPUT == gated_product.FOLDING_TOKENS_PER_INPUT
 
 
+def test_what_attention_found_is_kept_where_the_operation_keeps_it():
+    assert memory.KEPT_KEYS == attended.KEPT_KEYS
+
+
 def _kept_by_a_block(model: str, grid: TokenGrid, checkpointing: str) -> float:
     """In tensors of tokens, between two depths."""
     kept = [
@@ -161,7 +165,10 @@ def test_each_model_keeps_its_own_tensors(model, whole, selective):
 def test_nested_keeps_inputs_and_little_beside_them():
     tensor = 360 * 8160 * 1152 * 2
     peak = _peak("stdit-xl2-1min-1080p", (360, 135, 240), checkpointing="nested")
-    assert peak.kept == (28 + 3) * tensor, "block inputs, and of one the other branches'"
+    found = tensor + 360 * 8160 * 16 * 4
+    assert peak.kept == (28 + 3) * tensor + found, (
+        "block inputs, and of one the other branches' and what its attention in frames found"
+    )
     moved = _peak("stdit-xl2-1min-1080p", (360, 135, 240), checkpointing="nested", offload=True)
     assert peak.kept - moved.kept == 26 * tensor
 
@@ -172,8 +179,38 @@ def test_self_attention_left_whole_takes_its_tensors():
     nested = _peak(*clip, **fields)
     whole = _peak(*clip, pieces="pointwise", **fields)
     tensor = 180 * 8160 * 1152 * 2
-    # Six of the spatial and five of the temporal branch in place of an input each.
-    assert 9 * tensor < whole.kept - nested.kept < 9.1 * tensor
+    # Six of the spatial and five of the temporal branch in place of an input each, and of what the
+    # spatial one found.
+    assert 8 * tensor < whole.kept - nested.kept < 8.1 * tensor
+
+
+@pytest.mark.parametrize(
+    ("model", "grid", "tensors"),
+    # Inputs of four, three and two branches, and what attention over 1,024 keys and more found.
+    [
+        ("stdit", TokenGrid(1023, 1023), 4),
+        ("stdit", TokenGrid(1023, 1024), 5),
+        ("stdit2", TokenGrid(1024, 1024), 6),
+        ("pixart", TokenGrid(32, 31), 3),
+        ("pixart", TokenGrid(32, 32), 4),
+        ("latte", TokenGrid(1024, 64), 3),
+    ],
+)
+def test_what_long_attention_found_is_counted(model, grid, tensors):
+    found = peak_memory(
+        model,
+        grid,
+        hidden_size=1152,
+        num_heads=16,
+        depth=1,
+        parameters=0,
+        block_parameters=0,
+        micro_batch=1,
+        latent_values=0,
+        checkpointing="nested",
+        text_tokens=0,
+    ).kept / (grid.total * 1152 * 2)
+    assert 0 <= found - tensors < 0.06  # log-sums
 
 
 @pytest.mark.parametrize(("pieces", "least", "most"), [("all", 30, 40), ("pointwise", 60, 75)])
