@@ -29,10 +29,11 @@ def checkpoint_blocks(
 
     "selective" recomputes what passes over the same memory give for one more write: normalized
     tokens and activations. "full" keeps a block's input alone; so does "nested", and of a block
-    computed again each branch of those in `pieces` keeps its inputs alone, to be computed once
-    more, in pieces of the tokens. With `offload` the inputs of blocks wait for the backward in host
-    memory, but the last `kept_inputs` of them. The last `kept_blocks` blocks, whose backward comes
-    first, are "selective" all the same.
+    computed again each branch of those in `pieces` keeps its inputs and what attention over many
+    keys found, to be computed once more, but for that attention, in pieces of the tokens. With
+    `offload` the inputs of blocks wait for the backward in host memory, but the last `kept_inputs`
+    of them. The last `kept_blocks` blocks, whose backward comes first, are "selective" all the
+    same.
 
     Branches have a switch `recompute` for the first. For the others the forward of the instance is
     wrapped, not the module: parameter names stay what they are, and hooks on the module (those of

@@ -5,6 +5,10 @@ What a branch's tokens see says where it may be cut: an MLP and cross-attention 
 attention between frames, temporal attention between places, full attention nowhere. Gradients of
 weights and of whatever the pieces share are summed over the pieces in float32.
 
+A branch keeps its inputs and, where it attends to many keys, what attention found: that costs a
+tensor of tokens and spares the most of computing it again (longtake.ops.attended). In a block that
+is checkpointed none of it is kept until the block is computed again.
+
 Letters: B batch, T frames, S spatial patches, N tokens, D hidden size.
 """
 
@@ -50,7 +54,8 @@ def is_in_pieces(branch: nn.Module, pieces: Pieces) -> bool:
 
 
 def run_in_pieces(branch: nn.Module) -> None:
-    """Makes a branch keep its inputs alone and hold the tensors of one piece at a time, in place.
+    """Makes a branch keep its inputs, what long attention found, and the tensors of one piece at a
+    time, in place.
 
     The forward of the instance is wrapped: hooks on the module, which exchange tokens between
     processes, see the whole stream.
@@ -166,7 +171,8 @@ class _InPieces(torch.autograd.Function):
                 return run(_part(x_BND, piece).detach().requires_grad_(), *rest).detach()
 
         out_BND = _joined(forward_of, x_BND, pieces)
-        # As all that is saved in a checkpointed block, this is kept only when it is computed again.
+        # Here and not in _Inputs: it exists now. No block ends with attention, and so none runs its
+        # last branch again for this.
         ctx.save_for_backward(*attended)
         return out_BND
 

@@ -76,7 +76,8 @@ class ParallelConfig:
     pieces: Pieces = "all"
     """With checkpointing nested, the branches that run in pieces and once more: all; or pointwise,
     the MLP and attention to text alone. The tensors of one block's self-attention then are there at
-    a time (13 of STDiT's 27), and its forward runs twice, not three times."""
+    a time (13 of STDiT's 27), and its forward runs twice, not three times. With all, attention over
+    1,024 keys or more by itself does, too (docs/parallelism.md)."""
     offload: bool = False
     """Keep the inputs of blocks in host memory from forward to backward; for checkpointing full or
     nested."""
