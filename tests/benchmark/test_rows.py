@@ -86,6 +86,16 @@ def test_the_minute_keeps_what_an_h200_holds_and_else_what_its_preset_says():
     assert Policy.of(minute.config) == minute.policies[1]
 
 
+def test_the_minute_on_one_gpu_leaves_its_host_what_128_gib_hold():
+    one = row("stdit-1min-1080p")
+    (policy,) = one.policies
+    depth, hidden_size, _ = one.config.model.dimensions
+    input_gib = 2_937_600 * hidden_size * 2 / 2**30
+    assert (policy.checkpointing, policy.offload, policy.pieces) == ("nested", True, "all")
+    assert 100 < (depth - policy.kept_inputs) * input_gib < 110
+    assert row("stdit-1min-1080p-sp2").baseline == one.key
+
+
 @pytest.mark.parametrize("size", ["16x256", "16x512", "64x512"])
 def test_encoders_rows_change_one_thing_at_a_time(size):
     key = f"stdit-{size}-on-line"
