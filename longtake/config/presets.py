@@ -178,8 +178,9 @@ def stdit_xl2_1min_1080p() -> RunConfig:
 
     Wan's autoencoder makes 360 latent frames of the 1437. The GPUs share the one clip of a step's
     micro-batch: --parallel.sp is their number. Blocks are computed again, their branches once more
-    in pieces, and what blocks keep waits in host memory: 190 GB of it for all GPUs together. Train
-    from a latent store: a minute of 1080p is 9 GB of pixels.
+    in pieces, and what blocks keep waits in host memory: 180 GB of it for all GPUs together, less
+    6.8 for each of --parallel.kept-inputs, of which one H200 has room for 11. Train from a latent
+    store: a minute of 1080p is 9 GB of pixels.
 
     torchrun --nproc-per-node 8 -m longtake train --preset stdit-xl2-1min-1080p \
         --data.manifest clips.csv --parallel.sp 8

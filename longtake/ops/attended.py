@@ -51,7 +51,8 @@ def keeping_attended(kept: list[Tensor]) -> Iterator[None]:
 def giving_attended(kept: list[Tensor]) -> Iterator[None]:
     """Attention within the context, in this thread, takes its results from the front of the list.
 
-    Raises RuntimeError if they are not what it would have computed.
+    Raises RuntimeError if there are none, or their output has another shape or dtype than what it
+    would have computed.
     """
     before, _now.given = _now.given, kept
     try:

@@ -7,7 +7,7 @@ weights and of whatever the pieces share are summed over the pieces in float32.
 
 A branch keeps its inputs and, where it attends to many keys, what attention found: that costs a
 tensor of tokens and spares the most of computing it again (longtake.ops.attended). In a block that
-is checkpointed none of it is kept until the block is computed again.
+is checkpointed none of it outlives the branch until the block is computed again.
 
 Letters: B batch, T frames, S spatial patches, N tokens, D hidden size.
 """

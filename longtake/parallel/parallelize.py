@@ -27,6 +27,12 @@ def parallelize(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> nn.Modu
         raise ValueError(
             f"parallel.kept_blocks={config.kept_blocks}: the model has {len(blocks)} blocks"
         )
+    checkpointed = len(blocks) - config.kept_blocks
+    if config.kept_inputs > checkpointed:
+        raise ValueError(
+            f"parallel.kept_inputs={config.kept_inputs}: {checkpointed} of the model's "
+            f"{len(blocks)} blocks are checkpointed; for all of them parallel.offload=False does it"
+        )
     # Tokens travel within what is compiled; but where branches run in pieces, around all of them.
     nested = config.checkpointing == "nested"
     if not nested:

@@ -54,17 +54,20 @@ class PeakMemory:
     """What forwards keep for their backwards."""
     working: float
     """What the block that computes holds beside that."""
+    on_host: float = 0
+    """Pinned host memory for inputs of blocks that are offloaded; no part of the total."""
 
     @property
     def total(self) -> float:
         return self.states + self.gathered + self.gradients + self.kept + self.working
 
     def __str__(self) -> str:
+        on_host = f"; pinned in host memory {self.on_host / GIB:.1f}" if self.on_host else ""
         return (
             f"predicted peak {self.total / GIB:.1f} GiB, without encoders: weights, averages and "
             f"moments {self.states / GIB:.1f}, gathered weights {self.gathered / GIB:.1f}, "
             f"gradients {self.gradients / GIB:.1f}, kept for the backward {self.kept / GIB:.1f}, "
-            f"working set {self.working / GIB:.1f}"
+            f"working set {self.working / GIB:.1f}{on_host}"
         )
 
 
@@ -190,6 +193,8 @@ def peak_memory(
     inputs = min(max(late, kept_inputs), checkpointed) if offload else checkpointed
     other_inputs = (inputs - 1) * tensor  # than that of the block computed again
     late_inputs = (late - 1) * tensor
+    # The last checkpointed block's leaves only when another follows, and none does.
+    on_host = max(0, checkpointed - max(1, kept_inputs)) * tensor if offload else 0
     match checkpointing:
         case "none":
             kept, first, working = depth * own, own, backward
@@ -243,6 +248,7 @@ def peak_memory(
         gradients=earlier,
         kept=at_loss + tensor,
         working=_LATENTS_OF_LOSS[objective] * of_latents,
+        on_host=on_host,
     )
     turn = replace(loss, kept=kept, working=working + _LATENTS_OF_STEP * of_latents)
     gradients = max(reduced, earlier)

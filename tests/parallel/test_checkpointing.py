@@ -24,6 +24,7 @@ from longtake.ops.partial_attention import (
     partial_attention_reference,
 )
 from longtake.parallel import ParallelConfig, branches
+from longtake.parallel import offload as offloading
 from longtake.parallel.activation_checkpointing import checkpoint_blocks
 from longtake.parallel.compile import compile_blocks
 from longtake.parallel.offload import StreamOffload
@@ -399,6 +400,29 @@ class _Square(torch.autograd.Function):
     def backward(ctx, dout):
         (x,) = ctx.saved_tensors
         return 2 * x * dout
+
+
+@pytest.mark.parametrize(
+    ("kept", "sent"),
+    [
+        ({}, 5),
+        ({"kept_inputs": 1}, 5),
+        ({"kept_inputs": 4}, 2),
+        ({"kept_inputs": 3, "kept_blocks": 1}, 2),
+    ],
+)
+def test_so_many_inputs_go_to_the_host(kept, sent, monkeypatch):
+    copied, send = [], offloading._Input._send
+
+    def noted(self):
+        send(self)
+        copied.append(sum(piece.numel() for piece in self._host))
+
+    monkeypatch.setattr(offloading._Input, "_send", noted)
+    case = Case("stdit", depth=6)
+    model = _checkpointed(case, "full", offload=True, **kept)
+    loss_of(model, case, inputs_of(case, range(BATCH), dtype=torch.float64)).backward()
+    assert sum(copied) == sent * max(copied)
 
 
 def test_offloaded_inputs_leave_the_device_and_come_back_as_they_were():

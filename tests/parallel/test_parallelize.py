@@ -268,3 +268,18 @@ def test_a_buffer_that_would_be_lost_is_refused():
     model.register_buffer("positions", torch.zeros(2), persistent=False)
     with pytest.raises(AssertionError, match="buffer positions is not persistent"):
         materialize(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"kept_blocks": 3}, "kept_blocks=3: the model has 2 blocks"),
+        ({"kept_inputs": 3}, "kept_inputs=3: 2 of the model's 2 blocks are checkpointed"),
+        ({"kept_blocks": 1, "kept_inputs": 2}, "kept_inputs=2: 1 of the model's 2 blocks"),
+    ],
+)
+def test_more_blocks_than_there_are_cannot_keep_anything(fields, words):
+    config = ParallelConfig(checkpointing="full", offload=True, **fields)
+    mesh = None  # not looked at before
+    with pytest.raises(ValueError, match=words):
+        parallelize(ToyModel(), mesh, config)

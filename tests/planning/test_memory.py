@@ -219,6 +219,19 @@ def test_a_minute_of_1080p_fits_on_two_gpus_of_80_gb(pieces, least, most):
     assert least < _peak("stdit-xl2-1min-1080p", (360, 135, 240), **fields).total / GIB < most
 
 
+def test_pinned_host_memory_is_said_where_there_is_any():
+    clip, tensor = ("stdit-xl2-1min-1080p", (360, 135, 240)), 2_937_600 * 1152 * 2
+    offloaded = {"checkpointing": "nested", "offload": True}
+    one = _peak(*clip, **offloaded, kept_inputs=11)
+    assert one.on_host == 17 * tensor
+    assert str(one).endswith("; pinned in host memory 107.2")
+    assert _peak(*clip, **offloaded, sp=2, kept_inputs=20).on_host == 4 * tensor
+    # The last one stays in any case.
+    assert _peak(*clip, **offloaded).on_host == 27 * tensor
+    assert _peak(*clip, **offloaded, kept_inputs=28).on_host == 0
+    assert "host" not in str(_peak(*clip, checkpointing="nested"))
+
+
 def test_the_loss_is_the_fullest_moment_where_little_else_is_kept():
     clip = ("stdit-xl2-1min-1080p", (360, 135, 240))
     fields = {"checkpointing": "nested", "offload": True, "shards": 8, "sp": 8}
