@@ -28,7 +28,7 @@ from longtake.diffusion import DiffusionConfig, build_objective
 from longtake.models import Model, build_model_from_config
 from longtake.ops.attended import keeps_attended
 from longtake.ops.kernels import KernelConfig, kernels_as
-from longtake.parallel import build_mesh, local_part, parallelize
+from longtake.parallel import build_mesh, local_part, parallelize, stop_distributed
 from longtake.planning import PeakMemory
 
 _EMPTY = torch.ops.aten.empty.memory_format
@@ -100,6 +100,7 @@ def _made_up_processes(count: int):
     # What is without data has no address either; where a tensor lies tells it as well.
     address = Tensor.data_ptr
     Tensor.data_ptr = lambda self: self.untyped_storage()._cdata  # pyright: ignore
+    stop_distributed()  # of a run that this process had before
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:
         yield
