@@ -31,6 +31,7 @@ from longtake.parallel import (
     sync_gradients,
     write_full,
 )
+from longtake.parallel.activation_checkpointing import checkpoint_blocks
 from longtake.parallel.compile import compile_blocks
 from longtake.parallel.sequence import split_sequence
 from longtake.pipeline import Inputs, Trainee, training_loss, training_step
@@ -91,6 +92,16 @@ def build(case: Case):
         num_heads=case.num_heads,
         **{**SIZES, "depth": case.depth},
     )
+
+
+def checkpointed(case: Case, policy: str, *, dtype=torch.float64, **options):
+    """The case's model on one process, its blocks checkpointed."""
+    model = build(case).to(dtype)
+    init_weights(model, seed=0, write=write_shaken)
+    names = list(dict(model.named_parameters()))
+    checkpoint_blocks(model.blocks, policy, **options)  # type: ignore[arg-type]
+    assert list(dict(model.named_parameters())) == names
+    return model
 
 
 def write_shaken(param: torch.Tensor, full: torch.Tensor) -> None:

@@ -24,10 +24,8 @@ from longtake.ops.partial_attention import (
     partial_attention_reference,
 )
 from longtake.parallel import ParallelConfig, branches
-from longtake.parallel import offload as offloading
 from longtake.parallel.activation_checkpointing import checkpoint_blocks
 from longtake.parallel.compile import compile_blocks
-from longtake.parallel.offload import StreamOffload
 from tests.parallel.sequence_cases import (
     BATCH,
     EVEN,
@@ -38,20 +36,12 @@ from tests.parallel.sequence_cases import (
     Case,
     assert_same,
     build,
+    checkpointed,
     inputs_of,
     loss_of,
     to_device,
     write_shaken,
 )
-
-
-def _checkpointed(case: Case, policy: str, *, dtype=torch.float64, **options):
-    model = build(case).to(dtype)
-    init_weights(model, seed=0, write=write_shaken)
-    names = list(dict(model.named_parameters()))
-    checkpoint_blocks(model.blocks, policy, **options)  # type: ignore[arg-type]
-    assert list(dict(model.named_parameters())) == names
-    return model
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,7 +51,7 @@ def test_every_model_has_the_gradients_of_one_that_keeps_everything(name, monkey
     for policy, offload, latents, piece_tokens in in_pieces + (whole if name == "stdit" else []):
         monkeypatch.setattr(branches, "PIECE_TOKENS", piece_tokens)
         case = Case(name, latents=latents)
-        model = _checkpointed(case, policy, offload=offload)
+        model = checkpointed(case, policy, offload=offload)
         loss = loss_of(model, case, inputs_of(case, range(BATCH), dtype=torch.float64))
         loss.backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -74,7 +64,7 @@ def test_all_before_a_branch_may_be_frozen(policy, monkeypatch):
     monkeypatch.setattr(branches, "PIECE_TOKENS", 40)
     case, found = Case("stdit"), {}
     for name in ("none", policy):
-        model = _checkpointed(case, name)
+        model = checkpointed(case, name)
         for key, param in model.named_parameters():
             param.requires_grad_(key == "blocks.0.attn.qkv.bias")
         loss_of(model, case, inputs_of(case, range(BATCH), dtype=torch.float64)).backward()
@@ -86,7 +76,7 @@ def test_all_before_a_branch_may_be_frozen(policy, monkeypatch):
 def test_the_last_blocks_may_be_kept(policy, monkeypatch):
     monkeypatch.setattr(branches, "PIECE_TOKENS", 40)
     case = Case("stdit", depth=3)
-    model = _checkpointed(case, policy, offload=True, kept_blocks=1)
+    model = checkpointed(case, policy, offload=True, kept_blocks=1)
     ran = Counter()
     for number, block in enumerate(model.blocks):
         for module in (block.attn, block.mlp):
@@ -108,7 +98,7 @@ def test_the_last_blocks_may_be_kept(policy, monkeypatch):
 def test_self_attention_may_be_left_whole(name):
     case, ran = Case(name), Counter()
     for pieces in ("all", "pointwise"):
-        model = _checkpointed(case, "nested", pieces=pieces)
+        model = checkpointed(case, "nested", pieces=pieces)
         block = model.blocks[0]
         block.attn.core.register_forward_hook(lambda *_, pieces=pieces: ran.update([pieces]))
         loss = loss_of(model, case, inputs_of(case, range(BATCH), dtype=torch.float64))
@@ -153,7 +143,7 @@ def test_nothing_of_a_piece_outlives_it(monkeypatch):
     monkeypatch.setattr(branches, "PIECE_TOKENS", 40)
     case, kept = Case("stdit"), {}
     for policy in ("full", "nested"):
-        model = _checkpointed(case, policy, offload=False)
+        model = checkpointed(case, policy, offload=False)
         inputs = inputs_of(case, range(BATCH), dtype=torch.float64)
         with _Storages() as storages:
             loss = loss_of(model, case, inputs)
@@ -164,46 +154,6 @@ def test_nothing_of_a_piece_outlives_it(monkeypatch):
         weights = sum(p.nbytes for p in model.parameters())
         assert storages.alive() <= 2.05 * weights, policy
     assert kept["nested"] <= 1.05 * kept["full"]
-
-
-def _note_inputs(model) -> list[StorageWeakRef]:
-    """Of each block's input, as it runs forward first."""
-    noted = []
-
-    def note(block, args):
-        noted.append(StorageWeakRef(args[0].untyped_storage()))
-
-    for block in model.blocks:
-        block.register_forward_pre_hook(note)
-    return noted
-
-
-@pytest.mark.parametrize(
-    ("policy", "offload", "kept"),
-    # Offloaded: the newest, the one that leaves; or the last, where they stay.
-    [
-        ("full", {}, 6),
-        ("nested", {}, 6),
-        ("full", {"offload": True}, 2),
-        ("nested", {"offload": True}, 2),
-        ("full", {"offload": True, "kept_inputs": 1}, 2),
-        ("nested", {"offload": True, "kept_inputs": 4}, 4),
-        ("full", {"offload": True, "kept_inputs": 3, "kept_blocks": 1}, 4),
-        ("full", {"offload": True, "kept_inputs": 9}, 6),
-    ],
-)
-@pytest.mark.parametrize("name", ["stdit", "latte"])
-def test_inputs_of_blocks_are_there_as_long_as_they_must_be(name, policy, offload, kept):
-    case = Case(name, depth=6)
-    model = _checkpointed(case, policy, **offload)
-    noted = _note_inputs(model)
-    loss = loss_of(model, case, inputs_of(case, range(BATCH), dtype=torch.float64))
-    assert sum(not storage.expired() for storage in noted) == kept
-    loss.backward()
-    assert sum(not storage.expired() for storage in noted) == 0, "and loss is there still"
-    if offload:
-        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        assert_same((float(loss.detach()), gradients), case, tolerance=1e-12, dtype=torch.float64)
 
 
 def test_gradients_of_pieces_are_summed_in_fp32(monkeypatch):
@@ -239,7 +189,7 @@ def test_inference_gives_the_same_in_pieces(monkeypatch):
     losses = []
     for piece_tokens in (2**16, 24):
         monkeypatch.setattr(branches, "PIECE_TOKENS", piece_tokens)
-        model = _checkpointed(case, "nested", offload=True)
+        model = checkpointed(case, "nested", offload=True)
         with torch.no_grad():
             losses.append(
                 float(loss_of(model, case, inputs_of(case, range(BATCH), dtype=torch.float64)))
@@ -257,7 +207,7 @@ def test_a_block_computed_again_keeps_the_inputs_of_its_branches_alone():
     )
 
     def kept_by(policy: str) -> int:
-        block = _checkpointed(case, "none", offload=False).blocks[0]
+        block = checkpointed(case, "none", offload=False).blocks[0]
         if policy == "nested":
             for branch in branches.branches_of(block):
                 branches.run_in_pieces(branch)
@@ -378,7 +328,7 @@ def test_what_attention_found_is_let_go_piece_by_piece(monkeypatch):
 
     monkeypatch.setattr(flash_attention, "launch_forward", launch_forward)
     monkeypatch.setattr(flash_attention, "launch_backward", launch_backward)
-    model = _checkpointed(case, "nested", dtype=torch.float32)
+    model = checkpointed(case, "nested", dtype=torch.float32)
     with kernels_as(_ALONG_SPACE):
         loss = loss_of(model, case, inputs_of(case, range(BATCH)))
         assert len(kept) == 6, "of three pieces, output and log-sum-exp"
@@ -388,72 +338,6 @@ def test_what_attention_found_is_let_go_piece_by_piece(monkeypatch):
     assert all(storage.expired() for storage in kept), "and loss is there still"
 
 
-class _Square(torch.autograd.Function):
-    """Keeps its input, as a checkpointed block does."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, dout):
-        (x,) = ctx.saved_tensors
-        return 2 * x * dout
-
-
-@pytest.mark.parametrize(
-    ("kept", "sent"),
-    [
-        ({}, 5),
-        ({"kept_inputs": 1}, 5),
-        ({"kept_inputs": 4}, 2),
-        ({"kept_inputs": 3, "kept_blocks": 1}, 2),
-    ],
-)
-def test_so_many_inputs_go_to_the_host(kept, sent, monkeypatch):
-    copied, send = [], offloading._Input._send
-
-    def noted(self):
-        send(self)
-        copied.append(sum(piece.numel() for piece in self._host))
-
-    monkeypatch.setattr(offloading._Input, "_send", noted)
-    case = Case("stdit", depth=6)
-    model = _checkpointed(case, "full", offload=True, **kept)
-    loss_of(model, case, inputs_of(case, range(BATCH), dtype=torch.float64)).backward()
-    assert sum(copied) == sent * max(copied)
-
-
-def test_offloaded_inputs_leave_the_device_and_come_back_as_they_were():
-    x = torch.rand(3, 5, dtype=torch.float64, requires_grad=True)
-    for _ in range(2):  # the second forward begins anew, whatever became of the first
-        offload = StreamOffload()
-        out = x + 0
-        for number in range(6):
-            out = offload.around(_Square.apply, is_first=number == 0)(out)
-    on_device, kept = 0, offload._newest
-    while kept is not None:
-        on_device += kept._x is not None
-        kept = kept._before
-    assert on_device == 2, "the newest, and the one on its way"
-    out.sum().backward()
-    assert x.grad is not None
-    assert torch.allclose(x.grad, 64 * x**63, rtol=1e-12)
-
-
-def test_offload_without_checkpointed_blocks_is_refused():
-    with pytest.raises(ValueError, match=r"checkpointing=selective .* full or nested"):
-        ParallelConfig(offload=True)
-
-
-def test_inputs_stay_only_where_others_leave():
-    with pytest.raises(ValueError, match=r"kept_inputs=2 with parallel.offload=False"):
-        ParallelConfig(checkpointing="nested", kept_inputs=2)
-    with pytest.raises(ValueError, match=r"kept_inputs=-1"):
-        ParallelConfig(checkpointing="nested", offload=True, kept_inputs=-1)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_nested_and_offloaded_is_the_same_in_less_memory(monkeypatch):
@@ -461,7 +345,7 @@ def test_on_a_gpu_nested_and_offloaded_is_the_same_in_less_memory(monkeypatch):
     case, device = Case("stdit", latents=(16, 64, 64), depth=6), torch.device("cuda")
     peaks, found = [], []
     for policy, offload in (("none", False), ("nested", False), ("nested", True)):
-        model = _checkpointed(case, policy, offload=offload, dtype=torch.float32).to(device)
+        model = checkpointed(case, policy, offload=offload, dtype=torch.float32).to(device)
         inputs = to_device(inputs_of(case, range(BATCH)), device)
         for _ in range(2):  # memory that comes back used
             model.zero_grad()
